@@ -1,0 +1,407 @@
+"""The artifact on disk (docs/format.md) and how to read it: the only module that knows its names.
+
+    manifest.json                    everything below, with sizes and hashes
+    experts-00000.safetensors ...    the bank: pools of slots
+    remap.safetensors                (variant, expert, projection) -> slots, per layer
+    similarity.json                  distances between the variants' experts
+    variants/NAME/                   config, tokenizer, templates as the source has them
+        tensors.json                 the source's tensors; where those outside the experts are
+        non-expert.safetensors       what the variant keeps of its own
+    README.md                        model card
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moecc import nonexpert
+from moecc.architecture import ExpertLayer, Projection
+from moecc.bank import CENTER_POOL, CENTER_SLOT, NONE, RESIDUAL_POOL, RESIDUAL_SLOT, Pool
+from moecc.checkpoint import TORCH_DTYPES
+from moecc.coding import Coded, decode
+from moecc.errors import ArtifactError, DamagedArtifactError
+from moecc.files import sha256_file, to_json
+from moecc.merge import add_residual
+from moecc.tensorfile import HeaderError, TensorInfo, parse_object, pread_full, read_header
+
+FORMAT = "moecc"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+REMAP = "remap.safetensors"
+SIMILARITY = "similarity.json"
+CARD = "README.md"
+TENSORS = "tensors.json"
+NON_EXPERT = "non-expert.safetensors"
+MAX_JSON_BYTES = 512 << 20
+STREAM_BYTES = 8 << 20
+
+
+def expert_file(number: int) -> str:
+    return f"experts-{number:05d}.safetensors"
+
+
+def variant_folder(name: str) -> str:
+    return f"variants/{name}"
+
+
+def variant_file(name: str, file: str) -> str:
+    return f"{variant_folder(name)}/{file}"
+
+
+def remap_tensor(layer: str) -> str:
+    return f"{layer}.remap"
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """The bytes of manifest.json: the manifest with the hash of itself."""
+    return to_json({**manifest, "manifest_sha256": _own_hash(manifest)})
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    plain = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
+    return nonexpert.sha256([to_json(plain)])
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """A layer of experts and the pools of each of its projections."""
+
+    layer: ExpertLayer
+    pools: tuple[tuple[Pool, ...], ...]
+
+    def projection(self, name: str) -> tuple[int, Projection]:
+        for index, projection in enumerate(self.layer.projections):
+            if projection.name == name:
+                return index, projection
+        raise KeyError(name)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor outside the experts: its name in the source, and where its bits are.
+
+    `owner` is the variant whose file holds it; `delta` says that they are the XOR with `base`'s.
+    """
+
+    disk: str
+    dtype: str
+    shape: tuple[int, ...]
+    owner: str
+    delta: bool
+
+    @property
+    def itemsize(self) -> int:
+        return TORCH_DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
+
+
+class Artifact:
+    """An opened artifact; reads rows of any variant's experts and its other tensors.
+
+    Raises ArtifactError if the folder is no artifact or a newer moecc made it, and
+    DamagedArtifactError if its parts do not fit together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = _read_manifest(path)
+        try:
+            self.variants = tuple(str(v["name"]) for v in self.manifest["variants"])
+            self.base = str(self.manifest["base"])
+            self.layers = tuple(_stored_layer(layer) for layer in self.manifest["layers"])
+            self.files = {_safe(name): dict(f) for name, f in self.manifest["files"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedArtifactError(
+                f"`{path / MANIFEST}` is damaged: {type(error).__name__}: {error}"
+            ) from None
+        self._fds: dict[str, int] = {}
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Artifact:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_variant(self, name: str) -> None:
+        """Raises ArtifactError if there is no such variant."""
+        if name not in self.variants:
+            raise ArtifactError(
+                f"the artifact has no variant `{name}`", f"it has {', '.join(self.variants)}"
+            )
+
+    def rows(
+        self, variant: str, layer: int, projection: str, expert: int, span: range
+    ) -> torch.Tensor:
+        """Rows `span` of an expert's canonical matrix `[out, in]`.
+
+        Of the stored dtype where the weights are plain, bfloat16 where they are coded.
+        """
+        stored = self.layers[layer]
+        index, found = stored.projection(projection)
+        entry = self.remap[layer][self.variants.index(variant), expert, index]
+        pools = stored.pools[index]
+        center_pool = pools[entry[CENTER_POOL]]
+        center = self._slot(stored, found, center_pool, int(entry[CENTER_SLOT]), span)
+        if entry[RESIDUAL_POOL] == NONE:
+            return center if center_pool.packed is None else center.bfloat16()
+        residual_pool = pools[entry[RESIDUAL_POOL]]
+        residual = self._slot(stored, found, residual_pool, int(entry[RESIDUAL_SLOT]), span)
+        return add_residual(center.float(), residual)
+
+    @cached_property
+    def remap(self) -> tuple[npt.NDArray[np.int32], ...]:
+        """Per layer int32 `[variants, experts, projections, 4]`; see bank.py for the columns."""
+        tables = []
+        for stored in self.layers:
+            layer = stored.layer
+            shape = (len(self.variants), layer.num_experts, len(layer.projections), 4)
+            info = self._info(REMAP, remap_tensor(layer.name), "I32", shape)
+            raw = self._read(info, 0, info.nbytes)
+            table = np.frombuffer(raw, dtype="<i4").reshape(shape)
+            _check_remap(self.path, stored, table)
+            tables.append(table)
+        return tuple(tables)
+
+    def source_tensors(self, variant: str) -> dict[str, tuple[str, tuple[int, ...], str]]:
+        """name -> (dtype, shape, file) of every tensor of the variant's checkpoint."""
+        return {
+            str(name): (str(dtype), tuple(int(n) for n in shape), _safe(file))
+            for name, (dtype, shape, file) in self._tensors(variant)["source"].items()
+        }
+
+    def non_expert(self, variant: str) -> dict[str, StoredTensor]:
+        """canonical name -> tensor outside the experts."""
+        return {
+            str(name): StoredTensor(str(disk), str(dtype), tuple(shape), str(owner), bool(delta))
+            for name, (disk, dtype, shape, owner, delta) in self._tensors(variant)[
+                "non_expert"
+            ].items()
+        }
+
+    def stream(self, variant: str, name: str) -> Iterator[bytes | bytearray]:
+        """The bytes of a tensor outside the experts, in blocks."""
+        return self._stream(name, self.non_expert(variant)[name])
+
+    def _stream(self, name: str, tensor: StoredTensor) -> Iterator[bytes | bytearray]:
+        file = variant_file(tensor.owner, NON_EXPERT)
+        if not tensor.delta:
+            info = self._info(file, name, tensor.dtype, tensor.shape)
+            for start in range(0, info.nbytes, STREAM_BYTES):
+                yield self._read(info, start, min(STREAM_BYTES, info.nbytes - start))
+            return
+        base = self.non_expert(self.base)[name]
+        if base.delta:
+            raise DamagedArtifactError(f"`{self.path}`: the base variant's `{name}` is a delta")
+        info = self._info(file, name, "U8", None)
+        frame = io.BytesIO(self._read(info, 0, info.nbytes))
+        try:
+            yield from nonexpert.restore_delta(frame, self._stream(name, base), tensor.itemsize)
+        except ValueError as error:
+            raise DamagedArtifactError(f"`{self.path / file}`: tensor `{name}`: {error}") from None
+
+    def verify(self, on_file: Any = lambda name, size: None) -> list[str]:
+        """Hashes every file; returns one line for each that is not what the manifest says."""
+        problems = []
+        with ThreadPoolExecutor(2) as pool:
+            names = sorted(self.files)
+            for name, problem in zip(names, pool.map(self._verify_file, names), strict=True):
+                on_file(name, int(self.files[name]["size"]))
+                if problem:
+                    problems.append(f"`{name}` {problem}")
+        return problems
+
+    def _verify_file(self, name: str) -> str | None:
+        path, known = self.path / name, self.files[name]
+        try:
+            size = path.stat().st_size
+            if size != known["size"]:
+                return f"has {size} bytes, not {known['size']}"
+            return None if sha256_file(path) == known["sha256"] else "is damaged: its hash differs"
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+
+    def _slot(
+        self, stored: StoredLayer, projection: Projection, pool: Pool, slot: int, span: range
+    ) -> torch.Tensor:
+        """Rows of a slot: plain in the pool's dtype, or decoded to float32."""
+        rows, cols = projection.matrix
+        parts = []
+        for name, dtype, shape in pool.tensors(stored.layer.name, projection):
+            info = self._info(self._expert_tensors[name], name, dtype, shape)
+            row_bytes = info.nbytes // (pool.slots * rows)
+            start = (slot * rows + span.start) * row_bytes
+            raw = self._read(info, start, len(span) * row_bytes)
+            parts.append(torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]).view(len(span), -1))
+        if pool.packed is None:
+            return parts[0]
+        return decode(Coded(tuple(parts[:-1]), parts[-1]), pool.packed, cols)
+
+    @cached_property
+    def _expert_tensors(self) -> dict[str, str]:
+        """name -> file of every tensor of the bank."""
+        files = [name for name in self.files if re.fullmatch(r"experts-\d+\.safetensors", name)]
+        return {tensor: file for file in sorted(files) for tensor in self._header(file)}
+
+    def _tensors(self, variant: str) -> dict[str, Any]:
+        self.check_variant(variant)
+        if variant not in self._tables:
+            self._tables[variant] = _read_object(
+                self.path / variant_file(variant, TENSORS), MAX_JSON_BYTES
+            )
+        return self._tables[variant]
+
+    @cached_property
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, TensorInfo]]:
+        return {}
+
+    def _header(self, file: str) -> dict[str, TensorInfo]:
+        if file not in self._headers:
+            try:
+                self._headers[file] = read_header(self.path / file)[0]
+            except (HeaderError, EOFError) as error:
+                raise DamagedArtifactError(f"`{self.path / file}` is damaged: {error}") from None
+            except OSError as error:
+                raise DamagedArtifactError(
+                    f"cannot read `{self.path / file}`: {error.strerror}",
+                    "run `moecc inspect --verify` to see what else is missing",
+                ) from None
+        return self._headers[file]
+
+    def _info(
+        self, file: str, name: str, dtype: str, shape: tuple[int, ...] | None
+    ) -> TensorInfo:
+        info = self._header(file).get(name)
+        if info is None or info.dtype != dtype or (shape is not None and info.shape != shape):
+            raise DamagedArtifactError(
+                f"`{self.path / file}` does not hold `{name}` as the manifest describes it"
+            )
+        return TensorInfo(name, info.dtype, info.shape, file, info.offset, info.nbytes)
+
+    def _read(self, info: TensorInfo, start: int, nbytes: int) -> bytearray:
+        if info.file not in self._fds:
+            self._fds[info.file] = os.open(self.path / info.file, os.O_RDONLY)
+        try:
+            return pread_full(self._fds[info.file], nbytes, info.offset + start)
+        except EOFError as error:
+            raise DamagedArtifactError(f"`{self.path / info.file}` is damaged: {error}") from None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ArtifactError(f"`{path}` is not a folder", "give the folder `consolidate` wrote")
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(
+            f"`{path}` is not a moecc artifact: it has no `{MANIFEST}`",
+            "give the folder `consolidate` wrote",
+        )
+    manifest = _read_object(path / MANIFEST, MAX_JSON_BYTES)
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(f"`{path / MANIFEST}` does not describe a moecc artifact")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"`{path}` has format version {version}, this moecc reads {FORMAT_VERSION}",
+            "upgrade moecc, or consolidate again",
+        )
+    if manifest.get("manifest_sha256") != _own_hash(manifest):
+        raise DamagedArtifactError(f"`{path / MANIFEST}` is damaged: its hash differs")
+    return manifest
+
+
+def _read_object(path: Path, limit: int) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > limit:
+            raise DamagedArtifactError(f"`{path}` is larger than {limit} bytes")
+        return parse_object(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedArtifactError(f"`{path}` is damaged: {error}") from None
+    except OSError as error:
+        raise DamagedArtifactError(f"cannot read `{path}`: {error.strerror}") from None
+
+
+def _stored_layer(value: dict[str, Any]) -> StoredLayer:
+    projections, pools = [], []
+    for p in value["projections"]:
+        shape = tuple(int(n) for n in p["shape"])
+        if len(shape) not in (1, 2) or p["dtype"] not in TORCH_DTYPES:
+            raise ValueError(f"projection `{p['name']}` has shape {shape}, dtype `{p['dtype']}`")
+        projections.append(Projection(str(p["name"]), shape, p["dtype"], bool(p["transposed"])))
+        pools.append(tuple(Pool(q["role"], q["coding"], int(q["slots"])) for q in p["pools"]))
+        for pool in pools[-1]:
+            if pool.packed is None and pool.coding not in TORCH_DTYPES:
+                raise ValueError(f"unknown coding `{pool.coding}`")
+    layer = ExpertLayer(str(value["name"]), int(value["num_experts"]), tuple(projections))
+    return StoredLayer(layer, tuple(pools))
+
+
+def describe_layer(
+    layer: ExpertLayer, pools: tuple[tuple[Pool, ...], ...]
+) -> dict[str, Any]:
+    """A layer as the manifest holds it; `_stored_layer` reads it."""
+    return {
+        "name": layer.name,
+        "num_experts": layer.num_experts,
+        "projections": [
+            {
+                "name": p.name,
+                "shape": list(p.shape),
+                "dtype": p.dtype,
+                "transposed": p.transposed,
+                "pools": [{"role": q.role, "coding": q.coding, "slots": q.slots} for q in found],
+            }
+            for p, found in zip(layer.projections, pools, strict=True)
+        ],
+    }
+
+
+def _check_remap(path: Path, stored: StoredLayer, table: npt.NDArray[np.int32]) -> None:
+    """Every entry points into a pool of the right role, so that no reader has to check."""
+    for p, pools in enumerate(stored.pools):
+        for entry in table[:, :, p].reshape(-1, 4):
+            center = _pool(pools, int(entry[CENTER_POOL]), "center")
+            ok = center is not None and 0 <= entry[CENTER_SLOT] < center.slots
+            if entry[RESIDUAL_POOL] != NONE:
+                residual = _pool(pools, int(entry[RESIDUAL_POOL]), "residual")
+                ok = ok and residual is not None and 0 <= entry[RESIDUAL_SLOT] < residual.slots
+            if not ok:
+                raise DamagedArtifactError(
+                    f"`{path / REMAP}` points `{stored.layer.name}` outside its pools"
+                )
+
+
+def _pool(pools: tuple[Pool, ...], index: int, role: str) -> Pool | None:
+    found = pools[index] if 0 <= index < len(pools) else None
+    return found if found is not None and found.role == role else None
+
+
+def _safe(name: str) -> str:
+    """A path inside the artifact; raises ValueError for any other."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"`{name}` is not a path inside the artifact")
+    return name

@@ -1,0 +1,200 @@
+"""Where every expert goes: pools of slots, and the remap from logical to physical experts.
+
+A pool holds the slots of one layer, projection, role and coding. A *center* is an expert's matrix
+as stored (exactly, or the coded center of a group); a *residual* is what one variant adds to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moecc.architecture import ExpertLayer, Projection
+from moecc.coding import Coding
+from moecc.plan import Group, LayerPlan
+from moecc.recipe import Merge
+from moecc.similarity import Labels
+
+# remap columns
+CENTER_POOL, CENTER_SLOT, RESIDUAL_POOL, RESIDUAL_SLOT = range(4)
+NONE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Slots of one coding: `4bit-g64` and the like, or a safetensors dtype for plain weights."""
+
+    role: str  # center | residual
+    coding: str
+    slots: int
+
+    @property
+    def packed(self) -> Coding | None:
+        return Coding.parse(self.coding) if "bit" in self.coding else None
+
+    def tensors(
+        self, layer: str, projection: Projection
+    ) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype, shape) of the pool's tensors, slots first."""
+        prefix = f"{layer}.{projection.name}.{self.role}.{self.coding}"
+        coding = self.packed
+        if coding is None:
+            return [(f"{prefix}.weight", self.coding, (self.slots, *projection.shape))]
+        rows, cols = projection.matrix
+        planes = [
+            (f"{prefix}.plane{i}", "U8", (self.slots, rows, coding.row_bytes(width, cols)))
+            for i, width in enumerate(coding.planes)
+        ]
+        return [*planes, (f"{prefix}.scales", "BF16", (self.slots, rows, coding.groups(cols)))]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One group of one expert's projection, and the slots its parts are written to.
+
+    Attributes:
+        members: the variants; each distinct expert among them once, with its multiplicity.
+        residuals: (pool, slot) for each of `members`, or empty.
+        representative: which of `members` is the center, where the method takes one of them.
+    """
+
+    expert: int
+    members: tuple[tuple[int, int], ...]
+    coded: bool
+    center: tuple[int, int]
+    residuals: tuple[tuple[int, int], ...]
+    representative: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionBank:
+    """The pools of one projection and the jobs that fill them."""
+
+    projection: Projection
+    pools: tuple[Pool, ...]
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBank:
+    """The pools of a layer; `remap` is int32 `[variants, experts, projections, 4]`."""
+
+    layer: ExpertLayer
+    projections: tuple[ProjectionBank, ...]
+    remap: npt.NDArray[np.int32]
+
+    def tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Every tensor of the layer, in the order of the files."""
+        return [
+            tensor
+            for bank in self.projections
+            for pool in bank.pools
+            for tensor in pool.tensors(self.layer.name, bank.projection)
+        ]
+
+
+def lay_out(
+    layer: ExpertLayer,
+    plan: LayerPlan,
+    distinct: Labels,
+    merge: Merge,
+    dtype: str,
+    first_group: int,
+) -> LayerBank:
+    """Gives every group of a layer its slots.
+
+    `dtype` is that of 16-bit centers; `first_group` is the number of coded groups before this
+    layer, so that representatives alternate over the whole model.
+    """
+    variants = distinct.shape[1]
+    remap = np.full((variants, layer.num_experts, len(layer.projections), 4), NONE, dtype=np.int32)
+    banks = []
+    for p, projection in enumerate(layer.projections):
+        slots = _Slots()
+        number = first_group
+        jobs = []
+        for expert, groups in enumerate(plan.experts):
+            for group in groups:
+                for part in _parts(group, distinct[expert], projection):
+                    job = _place(slots, projection, expert, part, distinct, merge, dtype, number)
+                    jobs.append(job)
+                    _point(remap[:, expert, p], part, distinct[expert], job)
+                number += group.coded
+        banks.append(ProjectionBank(projection, slots.pools(), tuple(jobs)))
+    return LayerBank(layer, tuple(banks), remap)
+
+
+def coded_groups(plan: LayerPlan) -> int:
+    return sum(group.coded for groups in plan.experts for group in groups)
+
+
+class _Slots:
+    """Hands out slots, pool by pool, in the order they are asked for."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], int] = {}
+
+    def take(self, role: str, coding: str) -> tuple[int, int]:
+        slot = self.counts.get((role, coding), 0)
+        self.counts[role, coding] = slot + 1
+        return list(self.counts).index((role, coding)), slot
+
+    def pools(self) -> tuple[Pool, ...]:
+        return tuple(Pool(role, coding, n) for (role, coding), n in self.counts.items())
+
+
+def _kinds(group: Group, labels: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    """(variant, multiplicity) of each distinct expert in a group."""
+    first: dict[int, list[int]] = {}
+    for member in group.members:
+        first.setdefault(int(labels[member]), []).append(member)
+    return tuple((members[0], len(members)) for members in first.values())
+
+
+def _parts(
+    group: Group, labels: npt.NDArray[np.int64], projection: Projection
+) -> Sequence[Group]:
+    """A bias is never merged: its group falls apart into its distinct experts."""
+    if not projection.is_bias:
+        return [group]
+    return [
+        Group(tuple(m for m in group.members if labels[m] == labels[first]), False)
+        for first, _ in _kinds(group, labels)
+    ]
+
+
+def _place(
+    slots: _Slots,
+    projection: Projection,
+    expert: int,
+    group: Group,
+    distinct: Labels,
+    merge: Merge,
+    dtype: str,
+    number: int,
+) -> Job:
+    kinds = _kinds(group, distinct[expert])
+    if not group.coded:
+        return Job(expert, kinds, False, slots.take("center", projection.dtype), (), 0)
+    plain = merge.center == 16
+    center = slots.take("center", dtype if plain else Coding(merge.center, merge.group).name)
+    residuals: tuple[tuple[int, int], ...] = ()
+    if merge.residual:
+        name = Coding(merge.residual, merge.group).name
+        residuals = tuple(slots.take("residual", name) for _ in kinds)
+    wanted = number % distinct.shape[1]  # the paper: group i from variant i mod V
+    member = wanted if wanted in group.members else group.members[number % len(group.members)]
+    labels = [int(distinct[expert][variant]) for variant, _ in kinds]
+    return Job(expert, kinds, True, center, residuals, labels.index(int(distinct[expert][member])))
+
+
+def _point(
+    remap: npt.NDArray[np.int32], group: Group, labels: npt.NDArray[np.int64], job: Job
+) -> None:
+    of_label = {int(labels[variant]): i for i, (variant, _) in enumerate(job.members)}
+    for member in group.members:
+        residual = job.residuals[of_label[int(labels[member])]] if job.residuals else (NONE, NONE)
+        remap[member] = (*job.center, *residual)

@@ -1,0 +1,47 @@
+"""Threads that keep order: torch, hashlib and file I/O release the interpreter lock."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MAX_WORKERS = 8
+
+
+@contextmanager
+def worker_pool() -> Iterator[ThreadPoolExecutor]:
+    """A pool of single-threaded workers, one a core up to 8; torch's setting is restored after.
+
+    On an error, tasks that have not started are dropped.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    count = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def ordered(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int = 16
+) -> Iterator[R]:
+    """`map` over a pool in the order of `items`, with at most `ahead` results in memory."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,172 @@
+"""An output folder that appears whole or not at all, and can be resumed after a kill.
+
+Everything is written to `OUT.partial`, next to the output; finished steps go to its journal with
+the hashes of their files. The folder takes the output's name by one rename at the end. An error or
+Ctrl-C removes it; only a killed process leaves it behind, and the same job then goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moecc.errors import ArtifactError
+from moecc.files import sha256_file, sync_folder, to_json
+
+JOB = "job.json"
+JOURNAL = "journal.jsonl"
+
+
+class Staging:
+    """The staged output folder of one job; a context manager.
+
+    `job` identifies what is made: only the same job resumes. `replaceable` is a file that marks
+    an existing output as ours, so that `force` may replace it. Raises ArtifactError if the output
+    exists, or another job's partial folder does.
+    """
+
+    def __init__(self, out: Path, job: str, *, force: bool, replaceable: str) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + ".partial")
+        self.job = job
+        self._journal: dict[str, dict[str, Any]] = {}
+        check_output(out, force=force, replaceable=replaceable)
+        self._force = force
+
+    def __enter__(self) -> Staging:
+        try:
+            self._open()
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write next to `{self.out}`: {error.strerror}",
+                "choose another output folder",
+            ) from None
+        return self
+
+    def _open(self) -> None:
+        if self.folder.exists():
+            found = _read_json(self.folder / JOB)
+            if found == {"job": self.job}:
+                self._journal = _read_journal(self.folder / JOURNAL)
+                return
+            if not self._force:
+                raise ArtifactError(
+                    f"`{self.folder}` is left over from another run",
+                    "remove it, or use `--force`",
+                )
+            shutil.rmtree(self.folder)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir()
+        (self.folder / JOB).write_bytes(to_json({"job": self.job}))
+        sync_folder(self.folder)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ArtifactError(
+                f"cannot write `{self.out}`: {error.strerror}",
+                "free some space or choose another output folder; nothing was left behind",
+            ) from None
+
+    def finished(self, step: str) -> dict[str, Any] | None:
+        """What `record` was given for a step, if its files are still what they were."""
+        entry = self._journal.get(step)
+        if entry is None:
+            return None
+        for name, known in entry["files"].items():
+            path = self.folder / name
+            if not path.is_file() or describe(path) != known:
+                return None
+        return entry
+
+    def record(self, step: str, files: Sequence[str], data: Any = None) -> dict[str, Any]:
+        """Notes a finished step; its files are synced and hashed."""
+        described = {}
+        for name in files:
+            _sync(self.folder / name)
+            described[name] = describe(self.folder / name)
+        entry = {"step": step, "files": described, "data": data}
+        with (self.folder / JOURNAL).open("ab") as file:
+            file.write(to_json(entry, indent=None))
+            file.flush()
+            os.fsync(file.fileno())
+        return entry
+
+    def publish(self) -> None:
+        """Gives the finished folder the output's name."""
+        for name in (JOB, JOURNAL):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in sorted(p for p in self.folder.rglob("*") if p.is_dir()):
+            sync_folder(folder)
+        sync_folder(self.folder)
+        if self.out.exists():
+            old = self.out.with_name(self.out.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+            self.folder.rename(self.out)
+            shutil.rmtree(old)
+        else:
+            self.folder.rename(self.out)
+        sync_folder(self.out.parent)
+
+
+def check_output(out: Path, *, force: bool, replaceable: str) -> None:
+    """Raises ArtifactError if `out` exists and may not be replaced."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not force:
+        raise ArtifactError(f"the output `{out}` exists", "use `--force` to replace it")
+    if not (out / replaceable).is_file():
+        raise ArtifactError(
+            f"`{out}` was not made by moecc (it has no `{replaceable}`) and is left alone",
+            "choose another output folder",
+        )
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, as manifests hold them."""
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a journal; a last line cut short by a kill is not one."""
+    entries: dict[str, dict[str, Any]] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return entries
+    for line in lines[:-1]:
+        try:
+            entry = json.loads(line)
+            entries[entry["step"]] = entry
+        except (ValueError, KeyError, TypeError):
+            break
+    return entries
