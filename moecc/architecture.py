@@ -209,7 +209,7 @@ class _Module:
 
 def _expert_modules(model: Any) -> Iterator[_Module]:
     for name, module in model.named_modules():
-        num_experts = getattr(module, "num_experts", None)
+        num_experts = int(getattr(module, "num_experts", 0))
         if hasattr(module, "has_gate") and hasattr(module, "is_transposed") and num_experts:
             yield _Module(name, num_experts, tuple(_fused_parameters(name, module)))
         elif type(module).__name__ == "SwitchTransformersExperts":
@@ -414,9 +414,7 @@ def _check_floating(variant: str, layers: list[ExpertLayer]) -> None:
                 )
 
 
-def _shape_error(
-    variant: str, tensor: LogicalTensor, expected: tuple[int, ...]
-) -> SourceError:
+def _shape_error(variant: str, tensor: LogicalTensor, expected: tuple[int, ...]) -> SourceError:
     return SourceError(
         f"tensor `{tensor.name}` of variant `{variant}` has shape {list(tensor.shape)}, "
         f"but its config says {list(expected)}",

@@ -1,13 +1,13 @@
 """The artifact on disk (docs/format.md) and how to read it: the only module that knows its names.
 
-    manifest.json                    everything below, with sizes and hashes
-    experts-00000.safetensors ...    the bank: pools of slots
-    remap.safetensors                (variant, expert, projection) -> slots, per layer
-    similarity.json                  distances between the variants' experts
-    variants/NAME/                   config, tokenizer, templates as the source has them
-        tensors.json                 the source's tensors; where those outside the experts are
-        non-expert.safetensors       what the variant keeps of its own
-    README.md                        model card
+manifest.json                    everything below, with sizes and hashes
+experts-00000.safetensors ...    the bank: pools of slots
+remap.safetensors                (variant, expert, projection) -> slots, per layer
+similarity.json                  distances between the variants' experts
+variants/NAME/                   config, tokenizer, templates as the source has them
+    tensors.json                 the source's tensors; where those outside the experts are
+    non-expert.safetensors       what the variant keeps of its own
+README.md                        model card
 """
 
 from __future__ import annotations
@@ -292,9 +292,7 @@ class Artifact:
                 ) from None
         return self._headers[file]
 
-    def _info(
-        self, file: str, name: str, dtype: str, shape: tuple[int, ...] | None
-    ) -> TensorInfo:
+    def _info(self, file: str, name: str, dtype: str, shape: tuple[int, ...] | None) -> TensorInfo:
         info = self._header(file).get(name)
         if info is None or info.dtype != dtype or (shape is not None and info.shape != shape):
             raise DamagedArtifactError(
@@ -359,9 +357,7 @@ def _stored_layer(value: dict[str, Any]) -> StoredLayer:
     return StoredLayer(layer, tuple(pools))
 
 
-def describe_layer(
-    layer: ExpertLayer, pools: tuple[tuple[Pool, ...], ...]
-) -> dict[str, Any]:
+def describe_layer(layer: ExpertLayer, pools: tuple[tuple[Pool, ...], ...]) -> dict[str, Any]:
     """A layer as the manifest holds it; `_stored_layer` reads it."""
     return {
         "name": layer.name,

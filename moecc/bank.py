@@ -35,9 +35,7 @@ class Pool:
     def packed(self) -> Coding | None:
         return Coding.parse(self.coding) if "bit" in self.coding else None
 
-    def tensors(
-        self, layer: str, projection: Projection
-    ) -> list[tuple[str, str, tuple[int, ...]]]:
+    def tensors(self, layer: str, projection: Projection) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype, shape) of the pool's tensors, slots first."""
         prefix = f"{layer}.{projection.name}.{self.role}.{self.coding}"
         coding = self.packed
@@ -154,9 +152,7 @@ def _kinds(group: Group, labels: npt.NDArray[np.int64]) -> tuple[tuple[int, int]
     return tuple((members[0], len(members)) for members in first.values())
 
 
-def _parts(
-    group: Group, labels: npt.NDArray[np.int64], projection: Projection
-) -> Sequence[Group]:
+def _parts(group: Group, labels: npt.NDArray[np.int64], projection: Projection) -> Sequence[Group]:
     """A bias is never merged: its group falls apart into its distinct experts."""
     if not projection.is_bias:
         return [group]

@@ -158,11 +158,10 @@ class Checkpoint:
         else:
             out = torch.empty(outer, inner, dtype=dtype)
             for i in range(outer):
-                raw = self._read(
-                    tensor.info, (tile.offset + i * outer_stride) * size, span * size
-                )
+                start = tile.offset + i * outer_stride
+                raw = self._read(tensor.info, start * size, span * size)
                 out[i] = torch.frombuffer(raw, dtype=dtype)[::inner_stride]
-        return out.T.contiguous() if dense_rows else out
+        return transpose(out) if dense_rows else out
 
     def _fp8_rows(self, tensor: LogicalTensor, row: int, rows: int) -> torch.Tensor:
         assert tensor.scales is not None
@@ -172,9 +171,9 @@ class Checkpoint:
         scale = self._matrix(tensor.scales, first, last - first)
         op = self._fp8_operation()
         value = op.convert({"weight": [weight], "weight_scale_inv": [scale]})
-        out = next(iter(value.values())).to(TORCH_DTYPES[tensor.dtype])
-        out = out.reshape(-1, cols)
-        return out[row - first * align : row - first * align + rows].contiguous()
+        out: torch.Tensor = next(iter(value.values())).to(TORCH_DTYPES[tensor.dtype])
+        skip = row - first * align
+        return out.reshape(-1, cols)[skip : skip + rows].contiguous()
 
     def _matrix(self, info: TensorInfo, row: int, rows: int) -> torch.Tensor:
         row_bytes = info.nbytes // info.shape[0]
@@ -198,18 +197,22 @@ class Checkpoint:
         groups = tensor.info.shape[2]
         blocks = self._read(tensor.info, row * groups * 16, tile.rows * groups * 16)
         scales = self._read(tensor.scales, row * groups, tile.rows * groups)
-        value = convert_moe_packed_tensors(
+        value: torch.Tensor = convert_moe_packed_tensors(
             torch.frombuffer(blocks, dtype=torch.uint8).view(1, tile.rows, groups, 16),
             torch.frombuffer(scales, dtype=torch.uint8).view(1, tile.rows, groups),
             dtype=TORCH_DTYPES[tensor.dtype],
         )
         # transformers returns the module's layout [expert, in, out]
-        return value[0].T.contiguous()
+        return transpose(value[0])
 
 
 def tile_rows(tile_bytes: int, row_bytes: int, align: int = 1) -> int:
     """Rows of `row_bytes` that fit in `tile_bytes`: at least `align`, and a multiple of it."""
     return max(1, tile_bytes // (row_bytes * align)) * align
+
+
+def transpose(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.transpose(0, 1).contiguous()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
@@ -260,7 +263,7 @@ def _model_dtype(source: Source) -> str:
 
 def _fp8_tensor(source: Source, weight: TensorInfo, scale: TensorInfo) -> LogicalTensor:
     grid = len(weight.shape) == 2 == len(scale.shape)
-    if not grid or any(w % max(s, 1) for w, s in zip(weight.shape, scale.shape, strict=True)):
+    if not grid or any(s == 0 or w % s for w, s in zip(weight.shape, scale.shape, strict=True)):
         raise SourceError(
             f"tensor `{weight.name}` of variant `{source.name}` has shape {list(weight.shape)} "
             f"and scales of shape {list(scale.shape)}"

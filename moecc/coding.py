@@ -24,8 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GROUPS = (32, 64, 128)
-
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 # Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6 (1960), table II, with more
@@ -36,10 +34,10 @@ _DISTORTION |= {5: 0.00349521, 6: 0.00104005, 8: 0.0000876862, 0: 1.0, 16: 0.0}
 # Where the search for a group's scale looks first, as parts of the clip point (outermost level).
 # Groups up to _SHORT: of the peak. Longer ones: of `rms_weight * rms + peak_weight * peak`.
 # Fitted to the optimum on Gaussian, Laplace, uniform, Student-t, sparse and outlier groups.
-_SHORT = 384
+_SHORT = 320
 _OF_PEAK: dict[int, tuple[float, ...]] = {
     3: (0.86, 0.74, 0.64, 0.54),
-    4: (0.95, 0.9, 0.84, 0.77, 0.7),
+    4: (0.95, 0.9, 0.84, 0.77, 0.68),
     5: (0.97, 0.94, 1.04, 0.9, 0.85),
     6: (0.985, 0.97, 0.95, 1.03, 1.06),
     8: (1.005, 0.9945, 0.989, 0.975, 1.012),
@@ -67,8 +65,8 @@ class Coding:
     def __post_init__(self) -> None:
         if self.bits not in _PLANES:
             raise ValueError(f"bits must be one of {sorted(_PLANES)}, not {self.bits!r}")
-        if self.group != 0 and self.group not in GROUPS:
-            raise ValueError(f"group must be 0 (row) or one of {GROUPS}, not {self.group!r}")
+        if self.group not in (0, 32, 64, 128):
+            raise ValueError(f"group must be 32, 64, 128 or 0 for a row, not {self.group!r}")
 
     @classmethod
     def parse(cls, name: str) -> Coding:
@@ -145,10 +143,7 @@ def quantize(x: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, coding: Coding) -> Tensor:
-    """float32 [R, K] of codes uint8 [R, K] and scales bfloat16 [R, G].
-
-    Defined as `(q - zero) * scale` in float32: both factors are exact, the product rounds once.
-    """
+    """float32 [R, K] of codes and scales: `(q - zero) * scale`, exact factors, one rounding."""
     values = codes.to(torch.float32).sub_((2**coding.bits - 1) / 2)
     for columns, groups, shape in _sections(coding, codes.shape[1]):
         values[:, columns].view(-1, *shape).mul_(scales[:, groups, None].to(torch.float32))
@@ -182,10 +177,7 @@ def _sections(coding: Coding, in_features: int) -> Iterator[tuple[slice, slice, 
 
 
 def _quantize_groups(x: Tensor, bits: int, out: Tensor, work: Tensor) -> Tensor:
-    """Writes codes of float32 [R, G, n] to uint8 `out`; returns scales bfloat16 [R, G].
-
-    `work` is float32 [3, at least R * G * n].
-    """
+    """Codes float32 [R, G, n] into uint8 `out`, using `work` [3, ...]; bfloat16 scales [R, G]."""
     magnitude, level, product = (part[: x.numel()].view(x.shape) for part in work)
     depth, chunk = _precision(bits, x.shape[-1])
     peak = torch.abs(x, out=magnitude).amax(-1, keepdim=True)
@@ -194,8 +186,8 @@ def _quantize_groups(x: Tensor, bits: int, out: Tensor, work: Tensor) -> Tensor:
     inverse_unit = unit.reciprocal()
     whole = 2.0 ** (depth - 1)
     magnitude.mul_(inverse_unit).mul_(whole).round_()
-    if bits == 1:
-        step = _sum(magnitude, chunk).mul_(2).div_(x.shape[-1])
+    if bits == 1:  # the mean magnitude, in closed form
+        step = _sum(magnitude, chunk).mul_(2 / x.shape[-1])
     else:
         top = (peak * inverse_unit).mul_(whole).round_().clamp_(min=1)
         step = _best_step(magnitude, top, bits, (depth, chunk), (level, product))
@@ -213,8 +205,7 @@ def _quantize_groups(x: Tensor, bits: int, out: Tensor, work: Tensor) -> Tensor:
 def _precision(bits: int, size: int) -> tuple[int, int]:
     """Bits to round a group's peak to, and how many elements then add up exactly in float32.
 
-    A sum has `depth + bits` bits and those of the count, a float32 24. With `bits + 8` or more
-    for the peak, values coded before (half-odd levels, bfloat16 scale) are not rounded.
+    The peak gets `bits + 8` or more: groups coded before (bfloat16 scale) are not rounded.
     """
     limit = 1 << max(0, 16 - 2 * bits)
     chunk = size if size <= limit else math.gcd(size, limit)
@@ -241,12 +232,17 @@ def _best_step(
     (depth, chunk), (level, product) = precision, work
     top = (2**bits - 1) / 2
     # The peak on the outermost level comes first: it recovers a group that was coded before.
-    trials = [peak / top]
+    trials = [peak * (1 / top)]
     if bits == 8 or (bits > 2 and magnitude.shape[-1] <= _SHORT):
         trials += [peak * (ratio / top) for ratio in _OF_PEAK[bits]]
     else:
         rms_weight, peak_weight, ratios = _OF_BLEND[bits]
-        blend = _rms(magnitude, depth, product) * rms_weight + peak * peak_weight
+        # Squares rounded to integers that add up exactly in float32: near enough for a prior.
+        size = magnitude.shape[-1]
+        unit = 2.0 ** (2 * depth + (size - 1).bit_length() - 24)
+        torch.mul(magnitude, magnitude, out=product).mul_(1 / unit).round_()
+        rms = product.sum(-1, keepdim=True).mul_(unit / size).sqrt_()
+        blend = rms * rms_weight + peak * peak_weight
         trials += [blend * (ratio / top) for ratio in ratios]
     best = torch.full_like(peak, math.inf, dtype=torch.float64)
     step: Tensor = trials[0]
@@ -263,16 +259,6 @@ def _best_step(
         step = torch.where(better, guess, step)
         refined = torch.where(better, cross / power, refined)
     return step
-
-
-def _rms(magnitude: Tensor, depth: int, product: Tensor) -> Tensor:
-    """Root mean square [R, G, 1] of integers [R, G, n] up to 2**depth, near enough for a prior."""
-    size = magnitude.shape[-1]
-    # Squares rounded to where they add up exactly in float32.
-    unit = 2.0 ** (2 * depth + (size - 1).bit_length() - 24)
-    torch.mul(magnitude, magnitude, out=product).mul_(1 / unit).round_()
-    mean: Tensor = product.sum(-1, keepdim=True).mul_(unit / size)
-    return mean.sqrt_()
 
 
 def _pack_plane(codes: Tensor, width: int) -> Tensor:

@@ -172,9 +172,7 @@ def _parts(tile: Tile) -> Iterable[Tile]:
     if tile.row_stride != tile.cols or tile.col_stride != 1:
         return [tile]
     step = max(1, TILE_ELEMENTS // tile.cols)
-    return [
-        tile.narrow(start, min(start + step, tile.rows)) for start in range(0, tile.rows, step)
-    ]
+    return [tile.narrow(start, min(start + step, tile.rows)) for start in range(0, tile.rows, step)]
 
 
 def load_model(artifact: Artifact, variant: str, **options: Any) -> Any:

@@ -16,11 +16,13 @@ from typing import IO
 import numpy as np
 import zstandard
 
+Blocks = Iterable[bytes | bytearray]  # a byte stream, cut anywhere
+
 CHUNK = 4 << 20  # a multiple of every element size
 LEVEL = 3
 
 
-def rechunk(blocks: Iterable[bytes | bytearray | memoryview], size: int = CHUNK) -> Iterator[bytes]:
+def rechunk(blocks: Blocks, size: int = CHUNK) -> Iterator[bytes]:
     """The same bytes in chunks of `size`; the last may be shorter."""
     buffer = bytearray()
     for block in blocks:
@@ -32,7 +34,7 @@ def rechunk(blocks: Iterable[bytes | bytearray | memoryview], size: int = CHUNK)
         yield bytes(buffer)
 
 
-def sha256(blocks: Iterable[bytes | bytearray | memoryview]) -> str:
+def sha256(blocks: Blocks) -> str:
     digest = hashlib.sha256()
     for block in blocks:
         digest.update(block)
@@ -40,7 +42,7 @@ def sha256(blocks: Iterable[bytes | bytearray | memoryview]) -> str:
 
 
 def compress_delta(
-    mine: Iterable[bytes], base: Iterable[bytes], itemsize: int, out: IO[bytes], limit: int
+    mine: Blocks, base: Blocks, itemsize: int, out: IO[bytes], limit: int
 ) -> int | None:
     """Writes the compressed XOR of two equally long byte streams to `out`.
 
@@ -56,7 +58,7 @@ def compress_delta(
     return written if written < limit else None
 
 
-def restore_delta(frame: IO[bytes], base: Iterable[bytes], itemsize: int) -> Iterator[bytes]:
+def restore_delta(frame: IO[bytes], base: Blocks, itemsize: int) -> Iterator[bytes]:
     """The stream `compress_delta` was given as `mine`, in chunks.
 
     Raises ValueError if the frame is damaged or does not have the base's length.
@@ -87,8 +89,8 @@ def _xor(a: bytes, b: bytes) -> bytes:
 
 
 def _planes(data: bytes, itemsize: int) -> bytes:
-    return np.frombuffer(data, np.uint8).reshape(-1, itemsize).T.tobytes()
+    return bytes(np.frombuffer(data, np.uint8).reshape(-1, itemsize).T.tobytes())
 
 
 def _elements(planes: bytes, itemsize: int) -> bytes:
-    return np.frombuffer(planes, np.uint8).reshape(itemsize, -1).T.tobytes()
+    return bytes(np.frombuffer(planes, np.uint8).reshape(itemsize, -1).T.tobytes())

@@ -225,9 +225,7 @@ class _Planner:
         return len({int(self.inputs.distinct[layer][expert][m]) for m in group.members})
 
     def bytes_of(self, layer: int, expert: int, group: Group) -> int:
-        return self.costs.group(
-            self.layers[layer], self.kinds(layer, expert, group), group.coded
-        )
+        return self.costs.group(self.layers[layer], self.kinds(layer, expert, group), group.coded)
 
     def saved(self, at: tuple[int, int], a: Group, b: Group) -> int:
         joined = self.bytes_of(*at, _join(a, b))
@@ -269,7 +267,9 @@ class _Planner:
     def _cut(self, target: int, method: str) -> None:
         if self.nbytes <= target:
             return
-        trees = {at: _tree(self.distances[at[0]][at[1]], g, method) for at, g in self.groups.items()}
+        trees = {
+            at: _tree(self.distances[at[0]][at[1]], g, method) for at, g in self.groups.items()
+        }
         heights = np.unique(np.concatenate([t[:, 2] for t in trees.values()]))
         low, high = 0, len(heights) - 1
         while low < high:  # the bytes fall with the height
@@ -381,8 +381,9 @@ def _join(a: Group, b: Group) -> Group:
 
 def _linkage(apart: Array, a: Group, b: Group, method: str) -> float:
     between = apart[np.ix_(a.members, b.members)]
-    reduce = {"average": np.mean, "complete": np.max, "single": np.min}[method]
-    return float(reduce(between))
+    if method == "complete":
+        return float(between.max())
+    return float(between.min() if method == "single" else between.mean())
 
 
 def _tree(apart: Array, groups: list[Group], method: str) -> Array:

@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -175,7 +176,7 @@ def _compare_expert(
 def _split(labels: Labels, tiles: Sequence[torch.Tensor]) -> Labels:
     """Tells variants apart whose tiles differ in a bit; a label is the first of its kind."""
     raw = [tile.contiguous().view(torch.uint8) for tile in tiles]
-    out = labels.copy()
+    out: Labels = labels.copy()
     for i in range(len(raw)):
         out[i] = next(
             (out[j] for j in range(i) if labels[j] == labels[i] and torch.equal(raw[i], raw[j])), i
@@ -246,7 +247,7 @@ def _cache_key(architecture: Architecture, variants: Sequence[OpenVariant], cka:
 
 
 def _save(path: Path, similarity: Similarity) -> None:
-    arrays = {f"gram{i}": a for i, a in enumerate(similarity.gram)}
+    arrays: dict[str, Any] = {f"gram{i}": a for i, a in enumerate(similarity.gram)}
     arrays |= {f"distinct{i}": a for i, a in enumerate(similarity.distinct)}
     arrays |= {f"cka{i}": a for i, a in enumerate(similarity.cka_gram or [])}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,11 @@ class Source:
         return self.folder / name
 
     def content_hashes(self) -> dict[str, str]:
-        """The SHA-256 of every weight file; from the Hub cache where it knows them."""
+        """The SHA-256 of every weight file; from the Hub cache where it knows them.
+
+        Raises:
+            SourceError: nothing was downloaded, or a file cannot be read.
+        """
         files = sorted({tensor.file for tensor in self.tensors.values()})
         return {file: _content_hash(self.file(file)) for file in files}
 
@@ -290,7 +294,7 @@ def _header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
         raise SourceError(f"`{path.name}`: {error}") from None
 
 
-def _shards(folder: Path, names: Collection[str]) -> dict[str, set[str] | None]:
+def _shards(folder: Path, names: Collection[str]) -> Mapping[str, set[str] | None]:
     """The weight files among `names`, each with the tensors that the index puts there.
 
     None stands for "all": a single file has no index.
@@ -302,7 +306,6 @@ def _shards(folder: Path, names: Collection[str]) -> dict[str, set[str] | None]:
     weight_map = _read_object(folder / _INDEX, _MAX_INDEX_BYTES)[1].get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"`{_INDEX}` has no `weight_map` of tensors to shards")
-    shards: dict[str, set[str] | None] = {}
     mapped: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
@@ -310,14 +313,12 @@ def _shards(folder: Path, names: Collection[str]) -> dict[str, set[str] | None]:
                 f"`{_INDEX}` maps tensor `{tensor}` to {file!r:.100}, not a bare file name"
             )
         mapped.setdefault(file, set()).add(tensor)
-    for file in sorted(mapped):
-        if file not in names:
-            raise SourceError(
-                f"shard `{file}` named by the index is missing",
-                "finish the download or copy, then run again",
-            )
-        shards[file] = mapped[file]
-    return shards
+    for file in sorted(mapped.keys() - names):
+        raise SourceError(
+            f"shard `{file}` named by the index is missing",
+            "finish the download or copy, then run again",
+        )
+    return dict(sorted(mapped.items()))
 
 
 def _no_weights(names: Collection[str]) -> SourceError:

@@ -230,10 +230,10 @@ def write_variant(
         files.append(variant_file(name, file))
     with tempfile.TemporaryFile(dir=folder) as spool:
         stored, table = _spool(variant, base, seen, spool, on_bytes)
-        with (folder / variant_file(name, NON_EXPERT)).open("wb") as file:
-            file.write(build_header(stored)[0])
+        with (folder / variant_file(name, NON_EXPERT)).open("wb") as whole:
+            whole.write(build_header(stored)[0])
             spool.seek(0)
-            shutil.copyfileobj(spool, file, 8 << 20)
+            shutil.copyfileobj(spool, whole, 8 << 20)
     source = {
         t.name: [t.dtype, list(t.shape), t.info.file]
         for t in variant.checkpoint.tensors.values()

@@ -1,0 +1,37 @@
+# make demo: consolidate the bundled variants, look at the artifact, generate from each variant
+# make test: lint, types, tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	rm -rf $(DEMO)/artifact
+	$(BIN)/moecc consolidate recipes/quickstart.yaml --out $(DEMO)/artifact
+	$(BIN)/moecc inspect $(DEMO)/artifact
+	@for variant in base chat math python; do \
+		printf '\n%s: def f(x): ->' $$variant; \
+		$(BIN)/moecc generate $(DEMO)/artifact --variant $$variant \
+			--prompt 'def f(x):' --max-new-tokens 12 || exit 1; \
+	done
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -q
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info

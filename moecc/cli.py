@@ -1,0 +1,356 @@
+"""The command line: arguments in, one call each, exit codes out (docs/cli.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from moecc import __version__
+from moecc.console import Console
+from moecc.errors import ArtifactError, DamagedArtifactError, MoeccError, PlanError
+
+INTERNAL_ERROR = 70
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="moecc",
+    help="Serve many fine-tuned variants of one Mixture-of-Experts model from one GPU.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+OUTPUT = "Output"
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only data and errors.", rich_help_panel=OUTPUT)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.", rich_help_panel=OUTPUT)]
+NoColor = Annotated[
+    bool, typer.Option("--no-color", help="No colors; NO_COLOR too.", rich_help_panel=OUTPUT)
+]
+ArtifactPath = Annotated[Path, typer.Argument(help="The folder `consolidate` wrote.")]
+VariantName = Annotated[str, typer.Option("--variant", help="Which variant.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moecc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def moecc(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve many fine-tuned variants of one Mixture-of-Experts model from one GPU."""
+
+
+@app.command(
+    epilog="Examples:  moecc consolidate recipes/quickstart.yaml --out artifact\n\n"
+    "moecc consolidate recipe.yaml --out artifact --dry-run --plan-out plan.json",
+)
+def consolidate(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The artifact's folder, made new.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Plan and write nothing; from the Hub, read headers and no weights.",
+            rich_help_panel="Planning",
+        ),
+    ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="Replay a saved plan.", rich_help_panel="Planning"),
+    ] = None,
+    plan_out: Annotated[
+        Path | None,
+        typer.Option("--plan-out", help="Save the plan as JSON.", rich_help_panel="Planning"),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:N.")
+    ] = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    no_color: NoColor = False,
+) -> None:
+    """Compile the variants of a recipe into one artifact."""
+    console = _console(as_json, quiet, verbose, no_color)
+    if out is None and not dry_run:
+        raise typer.BadParameter("give --out DIR, or --dry-run", param_hint="--out")
+    from moecc.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    saved = _read_plan(plan) if plan else None
+    _check_device(device)
+    from moecc.consolidate import open_recipe, plan_recipe, run
+    from moecc.report import header_json, header_tables, plan_json, plan_tables
+
+    with console.progress() as report:
+        if dry_run:
+            opened = open_recipe(loaded, weights=False, on_progress=report)
+            planned = None
+            if opened.has_weights:
+                planned = plan_recipe(opened, saved=saved, device=device, on_progress=report)
+        else:
+            assert out is not None
+            planned = run(
+                loaded, out, saved_plan=saved, force=force, device=device, on_progress=report
+            )
+            opened = planned.opened
+    _note_dropped(console, opened)
+    if planned is None:
+        console.show(*header_tables(opened))
+        console.note("no plan: the weights are not on this machine; run without --dry-run")
+        if plan_out:
+            raise PlanError("a plan needs the weights, which are not on this machine")
+    else:
+        console.show(*header_tables(opened), *plan_tables(planned))
+        if plan_out:
+            _write_plan(plan_out, planned.plan.to_json())
+    document = header_json(opened) if planned is None else plan_json(planned)
+    console.data({**document, "out": None if dry_run else str(out)})
+    if not dry_run:
+        console.note(f"wrote {out}; look at it with: moecc inspect {out}")
+
+
+@app.command(
+    epilog="Examples:  moecc inspect artifact\n\nmoecc inspect artifact --verify\n\n"
+    "moecc inspect artifact --layer 0 --metric cosine",
+)
+def inspect(
+    artifact: ArtifactPath,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every file; exit 3 if one is damaged.")
+    ] = False,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Show the similarity of a layer's experts.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="l2, cosine, delta-cosine or cka.")
+    ] = None,
+    all_pairs: Annotated[
+        bool, typer.Option("--all-pairs", help="With --layer: every expert against every other.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:N.")
+    ] = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    no_color: NoColor = False,
+) -> None:
+    """Show what an artifact holds, and check it."""
+    console = _console(as_json, quiet, verbose, no_color)
+    from moecc.artifact import Artifact
+    from moecc.report import artifact_json, artifact_tables
+
+    if all_pairs and layer is None:
+        raise typer.BadParameter("goes with --layer", param_hint="--all-pairs")
+    with Artifact(artifact) as opened:
+        if verify:
+            _verify(console, opened)
+        if layer is not None:
+            _check_device(device)
+            _show_similarity(console, opened, layer, metric, all_pairs, device)
+            return
+        document = artifact_json(opened.manifest)
+        console.data({**document, "verified": True} if verify else document)
+        console.show(*artifact_tables(opened.manifest))
+        if verify:
+            console.show(f"all {len(opened.files)} files are as the manifest says")
+
+
+@app.command(epilog="Example:  moecc export artifact --variant chat --out chat-checkpoint")
+def export(
+    artifact: ArtifactPath,
+    variant: VariantName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint's folder, made new.")],
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    no_color: NoColor = False,
+) -> None:
+    """Write a variant back as a checkpoint that `from_pretrained` loads."""
+    console = _console(as_json, quiet, verbose, no_color)
+    from moecc.artifact import Artifact
+    from moecc.export import export as write
+
+    with Artifact(artifact) as opened, console.progress() as report:
+        opened.check_variant(variant)
+        write(
+            opened,
+            variant,
+            out,
+            force=force,
+            on_progress=lambda done, total: report("export", done, total),
+        )
+    console.data({"variant": variant, "out": str(out)})
+    console.note(f"wrote {out}")
+
+
+@app.command(epilog='Example:  moecc generate artifact --variant chat --prompt "Hello"')
+def generate(
+    artifact: ArtifactPath,
+    variant: VariantName,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="How many tokens at most.")
+    ] = 64,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    no_color: NoColor = False,
+) -> None:
+    """Continue a prompt with one variant, greedily."""
+    console = _console(as_json, quiet, verbose, no_color)
+    from moecc.artifact import Artifact
+    from moecc.generate import complete
+
+    with Artifact(artifact) as opened:
+        opened.check_variant(variant)
+        text = complete(opened, variant, prompt, max_new_tokens)
+    if as_json:
+        console.data({"variant": variant, "prompt": prompt, "text": text})
+    else:
+        console.text(text)
+
+
+def _console(as_json: bool, quiet: bool, verbose: bool, no_color: bool) -> Console:
+    console = Console(as_json=as_json, quiet=quiet, verbose=verbose, color=not no_color)
+    _state["console"] = console
+    console.detail(f"moecc {__version__}, Python {platform.python_version()}")
+    return console
+
+
+_state: dict[str, Console] = {}
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MoeccError(
+            f"`--device {device}` cannot be used: {str(error).splitlines()[0]}",
+            "use `cpu`, or `cuda:N` of a GPU that torch sees",
+        ) from None
+
+
+def _read_plan(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"cannot read the plan `{path}`: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"`{path}` is not a plan: {error}") from None
+
+
+def _write_plan(path: Path, plan: dict[str, Any]) -> None:
+    from moecc.files import to_json, write_file
+
+    try:
+        write_file(path, to_json(plan))
+    except OSError as error:
+        raise PlanError(f"cannot write the plan `{path}`: {error.strerror}") from None
+
+
+def _note_dropped(console: Console, opened: Any) -> None:
+    for variant in opened.variants:
+        if count := len(variant.layout.dropped):
+            console.note(
+                f"note: {count} tensors of `{variant.name}` that transformers does not load "
+                f"were left out, the first is `{variant.layout.dropped[0]}`"
+            )
+
+
+def _verify(console: Console, artifact: Any) -> None:
+    total = sum(int(file["size"]) for file in artifact.files.values())
+    done = 0
+    with console.progress() as report:
+
+        def count(name: str, size: int) -> None:
+            nonlocal done
+            done += size
+            report("verify", done, total)
+
+        problems = artifact.verify(count)
+    if problems:
+        raise DamagedArtifactError(
+            f"{len(problems)} of {len(artifact.files)} files are damaged:\n  "
+            + "\n  ".join(problems),
+            "copy the artifact again, or consolidate again",
+        )
+
+
+def _show_similarity(
+    console: Console,
+    artifact: Any,
+    layer: int,
+    metric: str | None,
+    all_pairs: bool,
+    device: str,
+) -> None:
+    from moecc.inspection import all_pairs_distances, layer_distances
+    from moecc.report import heat_map, matrix_map
+
+    if not 0 <= layer < len(artifact.layers):
+        raise ArtifactError(
+            f"there is no layer {layer}", f"the artifact has layers 0 to {len(artifact.layers) - 1}"
+        )
+    metric = metric or artifact.manifest["recipe"]["similarity"]["metric"]
+    name = artifact.layers[layer].layer.name
+    document: dict[str, Any] = {"layer": name, "metric": metric, "variants": artifact.variants}
+    if all_pairs:
+        matrix = all_pairs_distances(artifact, layer, metric, device)
+        console.data({**document, "distances": matrix.tolist()})
+        console.show(*matrix_map(name, artifact.variants, metric, matrix))
+        return
+    distances = layer_distances(artifact, layer, metric)
+    console.data({**document, "distances": distances})
+    console.show(*heat_map(name, artifact.variants, metric, distances))
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits with the code of docs/cli.md."""
+    try:
+        app()
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("MOECC_DEBUG"):
+            raise
+        sys.exit(_explain(error, _state.get("console", Console())))
+    sys.exit(0)
+
+
+def _explain(error: BaseException, console: Console) -> int:
+    """Prints an error for people; returns its exit code."""
+    if isinstance(error, MoeccError):
+        console.error(error.message, error.hint, error.exit_code)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        console.error("interrupted", None, INTERRUPTED)
+        return INTERRUPTED
+    what = f"internal error: {type(error).__name__}: {error}"
+    hint = "this is a bug in moecc; set MOECC_DEBUG=1 to see where"
+    console.error(what, hint, INTERNAL_ERROR)
+    return INTERNAL_ERROR

@@ -1,0 +1,51 @@
+"""Similarity of an artifact's experts: what the compiler measured, or measured anew."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import torch
+
+from moecc.architecture import Projection
+from moecc.artifact import SIMILARITY, Artifact
+from moecc.errors import ArtifactError, DamagedArtifactError
+from moecc.similarity import METRICS, Array, distance, gram_matrix
+
+
+def layer_distances(artifact: Artifact, layer: int, metric: str) -> list[list[float]]:
+    """Distances between the sources' experts of one index, `[experts][pairs of variants]`.
+
+    Raises ArtifactError if the metric was not measured.
+    """
+    path = artifact.path / SIMILARITY
+    try:
+        measured = json.loads(path.read_bytes())
+        known = sorted(measured)
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedArtifactError(f"`{path}` is damaged: {error}") from None
+    if metric not in known:
+        raise ArtifactError(
+            f"`{metric}` was not measured for this artifact", f"there is {', '.join(known)}"
+        )
+    distances: list[list[float]] = measured[metric][layer]
+    return distances
+
+
+def all_pairs_distances(artifact: Artifact, layer: int, metric: str, device: str) -> Array:
+    """Distances `[n, n]` of all n = variants x experts of a layer, as the artifact serves them."""
+    if metric not in METRICS or metric == "delta-cosine":
+        raise ArtifactError(
+            f"`--all-pairs` cannot use the metric `{metric}`", "use l2, cosine or cka"
+        )
+    stored = artifact.layers[layer].layer
+
+    def read(variant: str, expert: int, projection: Projection, span: range) -> torch.Tensor:
+        return artifact.rows(variant, layer, projection.name, expert, span)
+
+    readers = [
+        partial(read, variant, expert)
+        for variant in artifact.variants
+        for expert in range(stored.num_experts)
+    ]
+    return distance(gram_matrix(stored, readers, metric, device), metric)
