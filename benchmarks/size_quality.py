@@ -274,6 +274,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Measures every row and writes table, JSON and plot."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     args = arguments()
     names = args.variants.split(",")
     models = {name: (args.models / f"{args.family}-{name}").resolve() for name in names}

@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FP8_BLOCK = 128
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 96,
@@ -23,105 +23,101 @@ _TEXT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_MLA: dict[str, Any] = {
+_SMALL = _TEXT | {"moe_intermediate_size": 16}  # groups of a coding are longer than this row
+_QWEN3 = _SMALL | {"head_dim": 8}
+_DEEPSEEK = _SMALL | {
     "num_hidden_layers": 3,
-    "num_key_value_heads": 4,
     "first_k_dense_replace": 1,
-    "moe_intermediate_size": 16,
+    "num_key_value_heads": 4,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
 }
-_QWEN3 = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "rope_theta": 150000.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 16,
+    "truncate": False,
+}
+_JAMBA = _TEXT | {
+    "num_hidden_layers": 4,
+    "num_experts": 4,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "attn_layer_period": 4,
+    "attn_layer_offset": 1,
+    "mamba_d_state": 4,
+    "mamba_dt_rank": 4,
+}
+_SWITCH: dict[str, Any] = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_heads": 4,
+    "num_layers": 4,
+    "num_decoder_layers": 2,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 1,
+    "num_experts": 11,  # expert_10 comes after expert_9
+    "router_jitter_noise": 0.0,
+    "decoder_start_token_id": 0,
+}
 
-# family -> (class, what its config is made of)
+# family -> (class, arguments of its config)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+    "mixtral": ("MixtralForCausalLM", _TEXT | {"num_local_experts": 4}),
     "qwen2-moe": (
         "Qwen2MoeForCausalLM",
-        {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 24,
-        },
+        _SMALL | {"num_experts": 4, "shared_expert_intermediate_size": 24},
     ),
     "qwen3-moe": ("Qwen3MoeForCausalLM", _QWEN3 | {"num_experts": 12}),  # 10 comes after 9
-    "qwen3-moe-tied": ("Qwen3MoeForCausalLM", _QWEN3 | {"tie_word_embeddings": True}),
-    "olmoe": ("OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe-tied": (
+        "Qwen3MoeForCausalLM",
+        _QWEN3 | {"num_experts": 4, "tie_word_embeddings": True},
+    ),
+    "olmoe": ("OlmoeForCausalLM", _TEXT | {"num_experts": 4}),
     "deepseek-v2": (
         "DeepseekV2ForCausalLM",
-        _MLA | {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+        _DEEPSEEK | {"topk_method": "group_limited_greedy"},
     ),
-    "deepseek-v3": ("DeepseekV3ForCausalLM", _MLA | {"n_group": 2, "topk_group": 1}),
-    "phimoe": ("PhimoeForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", _DEEPSEEK),
+    "phimoe": ("PhimoeForCausalLM", _TEXT | {"num_local_experts": 4}),
     "gpt-oss": (
         "GptOssForCausalLM",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+        _TEXT | {"num_local_experts": 4, "head_dim": 8, "rope_parameters": _YARN},
     ),
-    "granitemoe": ("GraniteMoeForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "jamba": (
-        "JambaForCausalLM",
-        {
-            "num_hidden_layers": 4,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "attn_layer_period": 4,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 4,
-            "mamba_dt_rank": 4,
-            "use_mamba_kernels": False,
-        },
-    ),
-    "switch": (
-        "SwitchTransformersForConditionalGeneration",
-        {
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_heads": 4,
-            "num_layers": 4,
-            "num_decoder_layers": 4,
-            "num_sparse_encoder_layers": 2,
-            "num_sparse_decoder_layers": 2,
-            "num_experts": 11,
-            "router_jitter_noise": 0.0,
-            "decoder_start_token_id": 0,
-        },
-    ),
-    "ernie": (
+    "granitemoe": ("GraniteMoeForCausalLM", _TEXT | {"num_local_experts": 4}),
+    "jamba": ("JambaForCausalLM", _JAMBA),
+    "switch": ("SwitchTransformersForConditionalGeneration", _SWITCH),
+    "ernie4.5-moe": (
         "Ernie4_5_MoeForCausalLM",
-        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "num_hidden_layers": 3},
+        _SMALL | {"moe_num_experts": 4, "moe_k": 2, "num_hidden_layers": 3},
     ),
-    "minimax-m2": (
-        "MiniMaxM2ForCausalLM",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-    ),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", _TEXT | {"num_local_experts": 4, "head_dim": 8}),
 }
 
 
-def config(family: str, **changes: Any) -> Any:
-    """The transformers config of a tiny model."""
-    cls = getattr(transformers, FAMILIES[family][0])
-    return cls.config_class(**(_TEXT | FAMILIES[family][1] | changes))
-
-
 def model(family: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
-    """A model in which no two weights are alike; `changes` go to the config."""
-    cls = getattr(transformers, FAMILIES[family][0])
-    found = cls._from_config(config(family, dtype=dtype, **changes)).eval()
+    """A model in which no two weights are alike by design; `changes` go to its config."""
+    name, arguments = FAMILIES[family]
+    cls = getattr(transformers, name)
+    found = cls._from_config(cls.config_class(**(arguments | changes), dtype=dtype)).eval()
     randomize(found, seed)
     return found
 
@@ -130,31 +126,34 @@ def randomize(found: Any, seed: int) -> None:
     """Fills every parameter and saved buffer; norms stay near one, so that nothing overflows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in found.state_dict(keep_vars=True).items():
-            if not tensor.is_floating_point():
-                continue
+        for name, tensor in found.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator) * 0.1
-            is_scale = tensor.dim() == 1 and "norm" in name
-            tensor.copy_(noise + 1 if is_scale else noise)
+            tensor.copy_(noise + 1 if tensor.dim() == 1 and "norm" in name else noise)
     found.tie_weights()
 
 
-def save(folder: Path, found: Any, shard_size: str = "50KB") -> Path:
-    """Writes a checkpoint of several shards."""
-    found.save_pretrained(folder, max_shard_size=shard_size)
+def checkpoint(folder: Path, family: str, seed: int = 0, **options: Any) -> Path:
+    """Saves `model(...)` in several shards."""
+    model(family, seed, **options).save_pretrained(folder, max_shard_size="40KB")
     return folder
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def load(folder: Path, **options: Any) -> Any:
+    """The checkpoint as transformers loads it."""
+    names = json.loads((folder / "config.json").read_text())["architectures"]
+    return getattr(transformers, names[0]).from_pretrained(folder, dtype="auto", **options).eval()
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, by its name on disk."""
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= load_file(path)
     return found
 
 
 def shards(folder: Path) -> dict[str, list[str]]:
-    """file -> its tensors, of the weight files there are."""
+    """Weight file -> the names in it."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -162,8 +161,8 @@ def shards(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def write(folder: Path, values: Mapping[str, torch.Tensor]) -> Path:
-    """Puts exactly these tensors in a folder that has a config, as one file."""
+def write(folder: Path, values: Mapping[str, Tensor]) -> Path:
+    """Replaces the weights of a checkpoint by exactly these tensors, in one file."""
     for path in [*folder.glob("*.safetensors"), folder / INDEX]:
         path.unlink(missing_ok=True)
     plain = {name: value.contiguous() for name, value in values.items()}
@@ -171,16 +170,68 @@ def write(folder: Path, values: Mapping[str, torch.Tensor]) -> Path:
     return folder
 
 
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """Changes a checkpoint's table of tensors in place."""
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Lets `change` loose on a checkpoint's table of tensors."""
     values = tensors(folder)
     change(values)
     return write(folder, values)
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:
-    """Sets keys of config.json; a None removes one."""
+    """Sets keys of config.json; None removes one."""
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     return folder
+
+
+def to_fp8(
+    folder: Path, scale_dtype: torch.dtype = torch.float32, block: tuple[int, int] = (128, 128)
+) -> Path:
+    """Quantizes a Qwen3-MoE in place, as Qwen's FP8 checkpoints are: experts and attention."""
+
+    def change(values: dict[str, Tensor]) -> None:
+        for name in [n for n in values if n.endswith("_proj.weight")]:
+            values[name], scale = _fp8(values[name].float(), scale_dtype, block)
+            values[f"{name}_scale_inv"] = scale
+
+    edit(folder, change)
+    quantization = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(block),
+        "modules_to_not_convert": ["lm_head"],
+    }
+    return edit_config(folder, quantization_config=quantization)
+
+
+def _fp8(weight: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Codes and scales of blocks; the last ones may be cut off."""
+    grid = [range(0, n, b) for n, b in zip(weight.shape, block, strict=True)]
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(len(grid[0]), len(grid[1]), dtype=dtype)
+    for i, row in enumerate(grid[0]):
+        for j, col in enumerate(grid[1]):
+            part = (slice(row, row + block[0]), slice(col, col + block[1]))
+            scales[i, j] = weight[part].abs().max() / 448
+            codes[part] = (weight[part] / scales[i, j].float()).to(torch.float8_e4m3fn)
+    return codes, scales
+
+
+def to_mxfp4(folder: Path, seed: int = 0) -> Path:
+    """Gives a gpt-oss random MXFP4 experts in place, as OpenAI's checkpoints have them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(values: dict[str, Tensor]) -> None:
+        for name in [n for n in values if n.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = values.pop(name).shape
+            shape = (experts, rows, columns // 32)
+            blocks = torch.randint(0, 256, (*shape, 16), generator=generator)
+            values[f"{name}_blocks"] = blocks.to(torch.uint8)
+            scales = torch.randint(118, 124, shape, generator=generator)
+            values[f"{name}_scales"] = scales.to(torch.uint8)
+
+    edit(folder, change)
+    plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": [*plain, "lm_head"]}
+    return edit_config(folder, quantization_config=quantization)
