@@ -29,7 +29,7 @@ from moecc.card import model_card
 from moecc.errors import ArtifactError, PlanError
 from moecc.files import current_umask, to_json
 from moecc.opened import Opened, Planned, Progress
-from moecc.parallel import worker_pool
+from moecc.parallel import in_background, worker_pool
 from moecc.plan import significant
 from moecc.recipe import format_size
 from moecc.similarity import Similarity, cache_folder
@@ -70,12 +70,10 @@ class Build:
         """Writes everything and publishes it; raises ArtifactError if the disk is too small."""
         with Staging(out, self._job(), force=force, replaceable=MANIFEST) as staging:
             self._check_space(staging)
-            with ThreadPoolExecutor(1) as background:
-                # Hashing the sources overlaps with coding: both are bound by one core each.
-                hashes = background.submit(_content_hashes, self.opened)
-                layers = self._write_layers(staging)
-                variants = self._write_variants(staging)
-                self._write_manifest(staging, layers, variants, hashes.result())
+            hashes = in_background(_content_hashes, self.opened)
+            layers = self._write_layers(staging)
+            variants = self._write_variants(staging)
+            self._write_manifest(staging, layers, variants, hashes.result())
             staging.publish()
 
     def _job(self) -> str:
@@ -90,6 +88,7 @@ class Build:
 
     def _check_space(self, staging: Staging) -> None:
         needed = SPARE_BYTES + self.opened.non_expert_bytes
+        needed += max(v.non_expert_bytes for v in self.opened.variants)  # while one is spooled
         needed += sum(shard.nbytes for shards in self.shards for shard in shards)
         present = sum(f.stat().st_size for f in staging.folder.rglob("*") if f.is_file())
         free = shutil.disk_usage(staging.folder).free + present

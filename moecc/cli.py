@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -62,8 +63,8 @@ def moecc(
 def consolidate(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The artifact's folder, made new.")
-    ] = None,
+        Path, typer.Option("--out", "-o", help="The artifact's folder, made new.")
+    ] = Path("artifact"),
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -91,8 +92,6 @@ def consolidate(
 ) -> None:
     """Compile the variants of a recipe into one artifact."""
     console = _console(as_json, quiet, verbose, no_color)
-    if out is None and not dry_run:
-        raise typer.BadParameter("give --out DIR, or --dry-run", param_hint="--out")
     from moecc.recipe import load_recipe
 
     loaded = load_recipe(recipe)
@@ -108,12 +107,11 @@ def consolidate(
             if opened.has_weights:
                 planned = plan_recipe(opened, saved=saved, device=device, on_progress=report)
         else:
-            assert out is not None
             planned = run(
                 loaded, out, saved_plan=saved, force=force, device=device, on_progress=report
             )
             opened = planned.opened
-    _note_dropped(console, opened)
+    _note_sources(console, opened)
     if planned is None:
         console.show(*header_tables(opened))
         console.note("no plan: the weights are not on this machine; run without --dry-run")
@@ -235,11 +233,18 @@ def generate(
 def _console(as_json: bool, quiet: bool, verbose: bool, no_color: bool) -> Console:
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose, color=not no_color)
     _state["console"] = console
-    console.detail(f"moecc {__version__}, Python {platform.python_version()}")
+    if console.verbose:
+        console.detail(_environment())
     return console
 
 
 _state: dict[str, Console] = {}
+
+
+def _environment() -> str:
+    packages = ("torch", "transformers", "safetensors", "huggingface-hub")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    return f"moecc {__version__}, Python {platform.python_version()}, {versions}"
 
 
 def _check_device(device: str) -> None:
@@ -272,8 +277,10 @@ def _write_plan(path: Path, plan: dict[str, Any]) -> None:
         raise PlanError(f"cannot write the plan `{path}`: {error.strerror}") from None
 
 
-def _note_dropped(console: Console, opened: Any) -> None:
+def _note_sources(console: Console, opened: Any) -> None:
     for variant in opened.variants:
+        source = variant.checkpoint.source
+        console.detail(f"{variant.name}: {source.folder or source.commit}, {source.fingerprint}")
         if count := len(variant.layout.dropped):
             console.note(
                 f"note: {count} tensors of `{variant.name}` that transformers does not load "

@@ -111,6 +111,8 @@ def _bar_report(bars: Progress) -> Report:
     tasks: dict[str, TaskID] = {}
 
     def report(stage: str, done: int, total: int) -> None:
+        if stage == "sources":  # not bytes, and downloads draw bars of their own
+            return
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
         bars.update(tasks[stage], completed=done, total=total)
@@ -123,7 +125,7 @@ def _log_report(note: Callable[[str], None]) -> Report:
 
     def report(stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done < total and now - last.get(stage, 0.0) < LOG_SECONDS:
+        if done < total and now - last.setdefault(stage, now) < LOG_SECONDS:
             return
         last[stage] = now
         note(f"{stage}: {100 * done // max(total, 1)}%")

@@ -21,6 +21,7 @@ from moecc.tensorfile import TensorInfo, build_header, pwrite_full
 from moecc.variants import TILE_ELEMENTS
 
 CONFIG = "config.json"
+MARK = "moecc.json"  # says what a checkpoint was exported from, and that it may be replaced
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -100,8 +101,8 @@ def export(
     for tensor in sorted(state.tensors.values(), key=lambda t: t.name):
         files.setdefault(tensor.info.file, []).append(tensor)
     total = sum(t.nbytes for t in state.tensors.values())
-    job = f"export {artifact.manifest['manifest_sha256']} {variant}"
-    with Staging(out, job, force=force, replaceable=CONFIG) as staging:
+    job = f"export {variant} of {artifact.manifest['manifest_sha256']}"
+    with Staging(out, job, force=force, replaceable=MARK) as staging:
         _check_space(staging, total)
         done = 0
         for file, tensors in sorted(files.items()):
@@ -112,6 +113,8 @@ def export(
         _write_side_files(artifact, variant, state, staging.folder)
         if list(files) != [SINGLE]:
             (staging.folder / INDEX).write_bytes(_index(state, total))
+        origin = {"artifact": artifact.manifest["manifest_sha256"], "variant": variant}
+        (staging.folder / MARK).write_bytes(to_json(origin))
         staging.publish()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,3 +46,17 @@ def ordered(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def in_background(function: Callable[[T], R], argument: T) -> Future[R]:
+    """Runs a function in a thread that neither an error nor Ctrl-C has to wait for."""
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(argument))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -32,10 +32,10 @@ from moecc.architecture import Architecture, ExpertLayer, Projection
 from moecc.errors import SourceError
 from moecc.files import replace_file
 from moecc.parallel import ordered, worker_pool
-from moecc.variants import OpenVariant, row_spans
+from moecc.variants import TILE_ELEMENTS, OpenVariant, row_spans
 
 METRICS = ("l2", "cosine", "delta-cosine", "cka")
-GRAM_ELEMENTS = 1 << 17
+CHUNK = 1 << 15  # weights of each expert multiplied at once: float64 that stays in cache
 CKA_ROWS = 512
 CACHE_VERSION = 1
 
@@ -137,7 +137,7 @@ def gram_matrix(
     blocks = _cka_blocks if metric == "cka" else _weight_blocks
     total = np.zeros((len(readers), len(readers)))
     for weight, block in blocks(layer, readers, device):
-        total += weight * (block @ block.T).cpu().numpy()
+        total += weight * _products(block)
     return total
 
 
@@ -153,11 +153,10 @@ def _compare_expert(
     gram = np.zeros((count, count))
     labels = np.zeros(count, dtype=np.int64)  # all alike until a tile says otherwise
     for projection in layer.projections:
-        for span in row_spans(projection, GRAM_ELEMENTS):
+        for span in row_spans(projection):
             tiles = [v.rows(index, projection.name, expert, span) for v in variants]
             labels = _split(labels, tiles)
-            block = torch.stack(tiles).to(device).double().view(count, -1)
-            gram += (block @ block.T).cpu().numpy()
+            gram += _products(torch.stack(tiles).view(count, -1).to(device))
     if not np.isfinite(gram).all():
         bad = variants[int(np.argmax(~np.isfinite(np.diagonal(gram))))].name
         raise SourceError(
@@ -171,6 +170,17 @@ def _compare_expert(
         return lambda projection, span: variant.rows(index, projection.name, expert, span)
 
     return gram, gram_matrix(layer, [reader(v) for v in variants], "cka", device), labels
+
+
+def _products(block: torch.Tensor) -> Array:
+    """Inner products `[n, n]` of the rows of `[n, weights]`, summed in float64."""
+    size = CHUNK if block.device.type == "cpu" else block.shape[1]
+    total = block.new_zeros(len(block), len(block), dtype=torch.float64)
+    for start in range(0, block.shape[1], size):
+        part = block[:, start : start + size].double()
+        total += part @ part.T
+    products: Array = total.cpu().numpy()
+    return products
 
 
 def _split(labels: Labels, tiles: Sequence[torch.Tensor]) -> Labels:
@@ -187,10 +197,10 @@ def _split(labels: Labels, tiles: Sequence[torch.Tensor]) -> Labels:
 def _weight_blocks(
     layer: ExpertLayer, readers: Sequence[RowReader], device: str
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    elements = max(1, (GRAM_ELEMENTS * 4) // len(readers))
+    elements = max(1, TILE_ELEMENTS * 16 // len(readers))
     for projection in layer.projections:
         for span in row_spans(projection, elements):
-            rows = [read(projection, span).to(device).double().view(-1) for read in readers]
+            rows = [read(projection, span).to(device).view(-1) for read in readers]
             yield 1, torch.stack(rows)
 
 

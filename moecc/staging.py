@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,8 +36,9 @@ class Staging:
         self.folder = out.with_name(out.name + ".partial")
         self.job = job
         self._journal: dict[str, dict[str, Any]] = {}
-        check_output(out, force=force, replaceable=replaceable)
         self._force = force
+        self._made: list[Path] = []  # folders above the output that were not there
+        check_output(out, force=force, replaceable=replaceable)
 
     def __enter__(self) -> Staging:
         try:
@@ -60,6 +62,7 @@ class Staging:
                     "remove it, or use `--force`",
                 )
             shutil.rmtree(self.folder)
+        self._made = [p for p in self.out.absolute().parents if not p.exists()]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir()
         (self.folder / JOB).write_bytes(to_json({"job": self.job}))
@@ -73,6 +76,9 @@ class Staging:
     ) -> None:
         if kind is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                for made in self._made:
+                    made.rmdir()
         if isinstance(error, OSError):
             raise ArtifactError(
                 f"cannot write `{self.out}`: {error.strerror}",

@@ -13,6 +13,8 @@ from moecc.compatibility import compare
 from moecc.sources import Source
 
 TILE_ELEMENTS = 1 << 19
+FP8_ROWS = 128  # the height of a block with one scale
+TRANSPOSED_ROWS = 1024  # a row of a transposed matrix is scattered: read runs of 2 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +58,9 @@ def open_variants(sources: Sequence[Source]) -> tuple[Architecture, list[OpenVar
 
 
 def row_spans(projection: Projection, elements: int = TILE_ELEMENTS) -> list[range]:
-    """Row ranges of about `elements` weights that cover a projection's matrix.
-
-    128 rows, the height of an FP8 block, are kept together where they fit.
-    """
+    """Row ranges of about `elements` weights that cover a projection's matrix."""
     rows, cols = projection.matrix
-    align = 128 if cols * 128 <= elements else 1
-    step = tile_rows(elements, cols, align)
+    step = tile_rows(elements, cols, FP8_ROWS if cols * FP8_ROWS <= elements else 1)
+    if projection.transposed:
+        step = max(step, TRANSPOSED_ROWS)
     return [range(start, min(start + step, rows)) for start in range(0, rows, step)]
