@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,6 +110,11 @@ class Checkpoint:
     @property
     def quantized(self) -> bool:
         return any(t.scales is not None for t in self.tensors.values())
+
+    @cached_property
+    def row_align(self) -> int:
+        """Rows that are best read together: the height of the blocks with one scale."""
+        return max((t.row_align for t in self.tensors.values()), default=1)
 
     def close(self) -> None:
         if self._reader is not None:

@@ -66,7 +66,8 @@ def code_tile(
             part, delta = _code(tile - value, residual)
             residuals.append(part)
             served = add_residual(value, delta).float()
-        error += weight * float((served - tile).square_().sum())
+        off = (served - tile).view(-1)
+        error += weight * float(off.dot(off))
     return CodedTile(stored, tuple(residuals), error)
 
 

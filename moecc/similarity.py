@@ -153,7 +153,7 @@ def _compare_expert(
     gram = np.zeros((count, count))
     labels = np.zeros(count, dtype=np.int64)  # all alike until a tile says otherwise
     for projection in layer.projections:
-        for span in row_spans(projection):
+        for span in row_spans(projection, variants):
             tiles = [v.rows(index, projection.name, expert, span) for v in variants]
             labels = _split(labels, tiles)
             gram += _products(torch.stack(tiles).view(count, -1).to(device))
@@ -197,9 +197,9 @@ def _split(labels: Labels, tiles: Sequence[torch.Tensor]) -> Labels:
 def _weight_blocks(
     layer: ExpertLayer, readers: Sequence[RowReader], device: str
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    elements = max(1, TILE_ELEMENTS * 16 // len(readers))
+    elements = max(1, TILE_ELEMENTS * 32 // len(readers))
     for projection in layer.projections:
-        for span in row_spans(projection, elements):
+        for span in row_spans(projection, elements=elements):
             rows = [read(projection, span).to(device).view(-1) for read in readers]
             yield 1, torch.stack(rows)
 

@@ -12,8 +12,7 @@ from moecc.checkpoint import Checkpoint, tile_rows
 from moecc.compatibility import compare
 from moecc.sources import Source
 
-TILE_ELEMENTS = 1 << 19
-FP8_ROWS = 128  # the height of a block with one scale
+TILE_ELEMENTS = 1 << 18
 TRANSPOSED_ROWS = 1024  # a row of a transposed matrix is scattered: read runs of 2 KiB
 
 
@@ -57,10 +56,15 @@ def open_variants(sources: Sequence[Source]) -> tuple[Architecture, list[OpenVar
     return opened[0][1], [OpenVariant(checkpoint, layout) for checkpoint, _, layout in opened]
 
 
-def row_spans(projection: Projection, elements: int = TILE_ELEMENTS) -> list[range]:
-    """Row ranges of about `elements` weights that cover a projection's matrix."""
+def row_spans(
+    projection: Projection, variants: Sequence[OpenVariant] = (), elements: int = TILE_ELEMENTS
+) -> list[range]:
+    """Row ranges of about `elements` weights that cover a projection's matrix.
+
+    Rows that a quantized checkpoint among `variants` has to read together stay together.
+    """
     rows, cols = projection.matrix
-    step = tile_rows(elements, cols, FP8_ROWS if cols * FP8_ROWS <= elements else 1)
+    step = tile_rows(elements, cols, max((v.checkpoint.row_align for v in variants), default=1))
     if projection.transposed:
         step = max(step, TRANSPOSED_ROWS)
     return [range(start, min(start + step, rows)) for start in range(0, rows, step)]
