@@ -121,7 +121,7 @@ def map_tensors(
         projections = []
         for parameter in module.parameters:
             per_expert = _expert_tiles(variant, module, parameter, plan, tensors)
-            dtype = tensors[per_expert[0][0].tensor].dtype
+            dtype = _common_dtype(variant, f"{module.name}.{parameter.name}", per_expert, tensors)
             projections.append(
                 Projection(parameter.name, parameter.shape, dtype, parameter.transposed)
             )
@@ -412,6 +412,24 @@ def _check_floating(variant: str, layers: list[ExpertLayer]) -> None:
                     f"`{projection.dtype}`; experts must be BF16, F16 or F32",
                     "an FP8 checkpoint needs its `quantization_config` in config.json",
                 )
+
+
+def _common_dtype(
+    variant: str,
+    projection: str,
+    per_expert: tuple[tuple[Tile, ...], ...],
+    tensors: dict[str, LogicalTensor],
+) -> str:
+    """The one dtype of all experts: slots of a pool are equally large."""
+    found = [tensors[tile.tensor] for tiles in per_expert for tile in tiles]
+    for tensor in found:
+        if tensor.dtype != found[0].dtype:
+            raise SourceError(
+                f"`{projection}` of variant `{variant}` mixes dtypes: `{found[0].name}` is "
+                f"{found[0].dtype}, `{tensor.name}` is {tensor.dtype}",
+                "save the checkpoint with one dtype",
+            )
+    return found[0].dtype
 
 
 def _shape_error(variant: str, tensor: LogicalTensor, expected: tuple[int, ...]) -> SourceError:

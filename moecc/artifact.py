@@ -1,4 +1,4 @@
-"""The artifact on disk (docs/format.md) and how to read it: the only module that knows its names.
+"""Reads an artifact (docs/format.md): rows of any variant's experts, and its other tensors.
 
 manifest.json                    everything below, with sizes and hashes
 experts-00000.safetensors ...    the bank: pools of slots
@@ -17,9 +17,10 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,65 +28,31 @@ import numpy.typing as npt
 import torch
 
 from moecc import nonexpert
-from moecc.architecture import ExpertLayer, Projection
+from moecc.architecture import Projection
 from moecc.bank import CENTER_POOL, CENTER_SLOT, NONE, RESIDUAL_POOL, RESIDUAL_SLOT, Pool
 from moecc.checkpoint import TORCH_DTYPES
 from moecc.coding import Coded, decode
 from moecc.errors import ArtifactError, DamagedArtifactError
-from moecc.files import sha256_file, to_json
+from moecc.files import sha256_file
+from moecc.manifest import (
+    MANIFEST,
+    NON_EXPERT,
+    REMAP,
+    TENSORS,
+    StoredLayer,
+    checked_dtype,
+    checked_shape,
+    read_manifest,
+    read_object,
+    remap_tensor,
+    safe_path,
+    stored_layer,
+    variant_file,
+)
 from moecc.merge import add_residual
-from moecc.tensorfile import HeaderError, TensorInfo, parse_object, pread_full, read_header
+from moecc.tensorfile import HeaderError, TensorInfo, pread_full, read_header
 
-FORMAT = "moecc"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-REMAP = "remap.safetensors"
-SIMILARITY = "similarity.json"
-CARD = "README.md"
-TENSORS = "tensors.json"
-NON_EXPERT = "non-expert.safetensors"
-MAX_JSON_BYTES = 512 << 20
 STREAM_BYTES = 8 << 20
-
-
-def expert_file(number: int) -> str:
-    return f"experts-{number:05d}.safetensors"
-
-
-def variant_folder(name: str) -> str:
-    return f"variants/{name}"
-
-
-def variant_file(name: str, file: str) -> str:
-    return f"{variant_folder(name)}/{file}"
-
-
-def remap_tensor(layer: str) -> str:
-    return f"{layer}.remap"
-
-
-def seal(manifest: dict[str, Any]) -> bytes:
-    """The bytes of manifest.json: the manifest with the hash of itself."""
-    return to_json({**manifest, "manifest_sha256": _own_hash(manifest)})
-
-
-def _own_hash(manifest: dict[str, Any]) -> str:
-    plain = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
-    return nonexpert.sha256([to_json(plain)])
-
-
-@dataclass(frozen=True, slots=True)
-class StoredLayer:
-    """A layer of experts and the pools of each of its projections."""
-
-    layer: ExpertLayer
-    pools: tuple[tuple[Pool, ...], ...]
-
-    def projection(self, name: str) -> tuple[int, Projection]:
-        for index, projection in enumerate(self.layer.projections):
-            if projection.name == name:
-                return index, projection
-        raise KeyError(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +86,14 @@ class Artifact:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = _read_manifest(path)
+        self.manifest = read_manifest(path)
+        self.variants = tuple(str(v["name"]) for v in self.manifest["variants"])
+        self.base = str(self.manifest["base"])
+        self.files: dict[str, dict[str, Any]] = self.manifest["files"]
         try:
-            self.variants = tuple(str(v["name"]) for v in self.manifest["variants"])
-            self.base = str(self.manifest["base"])
-            self.layers = tuple(_stored_layer(layer) for layer in self.manifest["layers"])
-            self.files = {_safe(name): dict(f) for name, f in self.manifest["files"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedArtifactError(
-                f"`{path / MANIFEST}` is damaged: {type(error).__name__}: {error}"
-            ) from None
+            self.layers = tuple(stored_layer(layer) for layer in self.manifest["layers"])
+        except (TypeError, ValueError) as error:
+            raise DamagedArtifactError(f"`{path / MANIFEST}` is damaged: {error}") from None
         self._fds: dict[str, int] = {}
 
     def close(self) -> None:
@@ -181,21 +146,36 @@ class Artifact:
             tables.append(table)
         return tuple(tables)
 
+    def check_layer(self, layer: int) -> None:
+        """Raises DamagedArtifactError if a layer is not as large as the manifest says."""
+        stored = self.layers[layer]
+        assert self.remap, "checked when it is read"
+        for projection, pools in zip(stored.layer.projections, stored.pools, strict=True):
+            for pool in pools:
+                for name, dtype, shape in pool.tensors(stored.layer.name, projection):
+                    self._info(self._bank_file(name), name, dtype, shape)
+
     def source_tensors(self, variant: str) -> dict[str, tuple[str, tuple[int, ...], str]]:
         """name -> (dtype, shape, file) of every tensor of the variant's checkpoint."""
-        return {
-            str(name): (str(dtype), tuple(int(n) for n in shape), _safe(file))
-            for name, (dtype, shape, file) in self._tensors(variant)["source"].items()
-        }
+        with self._reading_table(variant) as table:
+            return {
+                name: (checked_dtype(dtype), checked_shape(shape), safe_path(file))
+                for name, (dtype, shape, file) in table["source"].items()
+            }
 
     def non_expert(self, variant: str) -> dict[str, StoredTensor]:
         """canonical name -> tensor outside the experts."""
-        return {
-            str(name): StoredTensor(str(disk), str(dtype), tuple(shape), str(owner), bool(delta))
-            for name, (disk, dtype, shape, owner, delta) in self._tensors(variant)[
-                "non_expert"
-            ].items()
-        }
+        with self._reading_table(variant) as table:
+            found = {
+                name: StoredTensor(
+                    str(disk), checked_dtype(dtype), checked_shape(shape), owner, bool(delta)
+                )
+                for name, (disk, dtype, shape, owner, delta) in table["non_expert"].items()
+            }
+            for tensor in found.values():
+                if tensor.owner not in self.variants:
+                    raise ValueError(f"there is no variant `{tensor.owner}`")
+            return found
 
     def stream(self, variant: str, name: str) -> Iterator[bytes | bytearray]:
         """The bytes of a tensor outside the experts, in blocks."""
@@ -248,7 +228,7 @@ class Artifact:
         rows, cols = projection.matrix
         parts = []
         for name, dtype, shape in pool.tensors(stored.layer.name, projection):
-            info = self._info(self._expert_tensors[name], name, dtype, shape)
+            info = self._info(self._bank_file(name), name, dtype, shape)
             row_bytes = info.nbytes // (pool.slots * rows)
             start = (slot * rows + span.start) * row_bytes
             raw = self._read(info, start, len(span) * row_bytes)
@@ -257,18 +237,31 @@ class Artifact:
             return parts[0]
         return decode(Coded(tuple(parts[:-1]), parts[-1]), pool.packed, cols)
 
+    def _bank_file(self, tensor: str) -> str:
+        if tensor not in self._expert_tensors:
+            raise DamagedArtifactError(f"`{self.path}` does not hold the tensor `{tensor}`")
+        return self._expert_tensors[tensor]
+
     @cached_property
     def _expert_tensors(self) -> dict[str, str]:
         """name -> file of every tensor of the bank."""
         files = [name for name in self.files if re.fullmatch(r"experts-\d+\.safetensors", name)]
         return {tensor: file for file in sorted(files) for tensor in self._header(file)}
 
+    @contextmanager
+    def _reading_table(self, variant: str) -> Iterator[dict[str, Any]]:
+        """The table of a variant's tensors; whatever is wrong with it is damage."""
+        table = self._tensors(variant)
+        try:
+            yield table
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            path = self.path / variant_file(variant, TENSORS)
+            raise DamagedArtifactError(f"`{path}` is damaged: {error}") from None
+
     def _tensors(self, variant: str) -> dict[str, Any]:
         self.check_variant(variant)
         if variant not in self._tables:
-            self._tables[variant] = _read_object(
-                self.path / variant_file(variant, TENSORS), MAX_JSON_BYTES
-            )
+            self._tables[variant] = read_object(self.path / variant_file(variant, TENSORS))
         return self._tables[variant]
 
     @cached_property
@@ -309,72 +302,6 @@ class Artifact:
             raise DamagedArtifactError(f"`{self.path / info.file}` is damaged: {error}") from None
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise ArtifactError(f"`{path}` is not a folder", "give the folder `consolidate` wrote")
-    if not (path / MANIFEST).is_file():
-        raise ArtifactError(
-            f"`{path}` is not a moecc artifact: it has no `{MANIFEST}`",
-            "give the folder `consolidate` wrote",
-        )
-    manifest = _read_object(path / MANIFEST, MAX_JSON_BYTES)
-    if manifest.get("format") != FORMAT:
-        raise ArtifactError(f"`{path / MANIFEST}` does not describe a moecc artifact")
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"`{path}` has format version {version}, this moecc reads {FORMAT_VERSION}",
-            "upgrade moecc, or consolidate again",
-        )
-    if manifest.get("manifest_sha256") != _own_hash(manifest):
-        raise DamagedArtifactError(f"`{path / MANIFEST}` is damaged: its hash differs")
-    return manifest
-
-
-def _read_object(path: Path, limit: int) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > limit:
-            raise DamagedArtifactError(f"`{path}` is larger than {limit} bytes")
-        return parse_object(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DamagedArtifactError(f"`{path}` is damaged: {error}") from None
-    except OSError as error:
-        raise DamagedArtifactError(f"cannot read `{path}`: {error.strerror}") from None
-
-
-def _stored_layer(value: dict[str, Any]) -> StoredLayer:
-    projections, pools = [], []
-    for p in value["projections"]:
-        shape = tuple(int(n) for n in p["shape"])
-        if len(shape) not in (1, 2) or p["dtype"] not in TORCH_DTYPES:
-            raise ValueError(f"projection `{p['name']}` has shape {shape}, dtype `{p['dtype']}`")
-        projections.append(Projection(str(p["name"]), shape, p["dtype"], bool(p["transposed"])))
-        pools.append(tuple(Pool(q["role"], q["coding"], int(q["slots"])) for q in p["pools"]))
-        for pool in pools[-1]:
-            if pool.packed is None and pool.coding not in TORCH_DTYPES:
-                raise ValueError(f"unknown coding `{pool.coding}`")
-    layer = ExpertLayer(str(value["name"]), int(value["num_experts"]), tuple(projections))
-    return StoredLayer(layer, tuple(pools))
-
-
-def describe_layer(layer: ExpertLayer, pools: tuple[tuple[Pool, ...], ...]) -> dict[str, Any]:
-    """A layer as the manifest holds it; `_stored_layer` reads it."""
-    return {
-        "name": layer.name,
-        "num_experts": layer.num_experts,
-        "projections": [
-            {
-                "name": p.name,
-                "shape": list(p.shape),
-                "dtype": p.dtype,
-                "transposed": p.transposed,
-                "pools": [{"role": q.role, "coding": q.coding, "slots": q.slots} for q in found],
-            }
-            for p, found in zip(layer.projections, pools, strict=True)
-        ],
-    }
-
-
 def _check_remap(path: Path, stored: StoredLayer, table: npt.NDArray[np.int32]) -> None:
     """Every entry points into a pool of the right role, so that no reader has to check."""
     for p, pools in enumerate(stored.pools):
@@ -393,11 +320,3 @@ def _check_remap(path: Path, stored: StoredLayer, table: npt.NDArray[np.int32]) 
 def _pool(pools: tuple[Pool, ...], index: int, role: str) -> Pool | None:
     found = pools[index] if 0 <= index < len(pools) else None
     return found if found is not None and found.role == role else None
-
-
-def _safe(name: str) -> str:
-    """A path inside the artifact; raises ValueError for any other."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"`{name}` is not a path inside the artifact")
-    return name

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 
 from moecc import __version__
-from moecc.artifact import (
+from moecc.bank import LayerBank, coded_groups, lay_out
+from moecc.card import model_card
+from moecc.errors import ArtifactError, PlanError
+from moecc.files import current_umask, to_json
+from moecc.manifest import (
     CARD,
     FORMAT,
     FORMAT_VERSION,
@@ -24,10 +28,6 @@ from moecc.artifact import (
     seal,
     variant_file,
 )
-from moecc.bank import LayerBank, coded_groups, lay_out
-from moecc.card import model_card
-from moecc.errors import ArtifactError, PlanError
-from moecc.files import current_umask, to_json
 from moecc.opened import Opened, Planned, Progress
 from moecc.parallel import in_background, worker_pool
 from moecc.plan import significant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -40,11 +41,17 @@ def _front_matter(manifest: dict[str, Any]) -> str:
         "library_name": "moecc",
         "tags": ["moecc", "mixture-of-experts", "merge"],
     }
-    if models := [v["source"] for v in variants if v["commit"]]:
+    if models := [_hub_id(v["source"]) for v in variants if v["commit"]]:
         fields["base_model"] = models
     if len(licenses) == 1 and all(v["license"] for v in variants):
         fields["license"] = licenses[0]
     return f"---\n{yaml.safe_dump(fields, sort_keys=True)}---\n"
+
+
+def _hub_id(source: str) -> str:
+    """`org/model` of a source on the Hub: all that the Hub accepts as `base_model`."""
+    path = re.sub(r"^(hf://|https?://[^/]*/)", "", source)
+    return "/".join(path.split("@")[0].split("/")[:2])
 
 
 def _variants(manifest: dict[str, Any]) -> list[str]:

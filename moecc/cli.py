@@ -261,11 +261,14 @@ def _check_device(device: str) -> None:
 
 def _read_plan(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        plan = json.loads(path.read_bytes())
     except OSError as error:
         raise PlanError(f"cannot read the plan `{path}`: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise PlanError(f"`{path}` is not a plan: {error}") from None
+    if not isinstance(plan, dict):  # null would mean "no plan"
+        raise PlanError(f"`{path}` is not a plan: it is not a JSON object")
+    return plan
 
 
 def _write_plan(path: Path, plan: dict[str, Any]) -> None:

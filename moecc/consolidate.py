@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moecc.artifact import MANIFEST
 from moecc.build import Build
+from moecc.manifest import MANIFEST
 from moecc.opened import Opened, Planned, Progress, silent
 from moecc.plan import Inputs, make_plan, restore_plan
 from moecc.recipe import Recipe

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from moecc.architecture import Layout, map_tensors
-from moecc.artifact import TENSORS, Artifact, variant_file, variant_folder
+from moecc.artifact import Artifact
 from moecc.checkpoint import TORCH_DTYPES, LogicalTensor, Tile, tensor_bytes
 from moecc.errors import ArtifactError, DamagedArtifactError, SourceError
 from moecc.files import to_json
+from moecc.manifest import TENSORS, variant_file, variant_folder
 from moecc.staging import Staging
 from moecc.tensorfile import TensorInfo, build_header, pwrite_full
 from moecc.variants import TILE_ELEMENTS
@@ -139,7 +140,13 @@ def _write_side_files(artifact: Artifact, variant: str, state: VariantState, out
         if not name.startswith(prefix) or file == TENSORS or file.endswith(".safetensors"):
             continue
         (out / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(artifact.path / name, out / file)
+        try:
+            data = (artifact.path / name).read_bytes()
+        except OSError as error:
+            raise DamagedArtifactError(
+                f"cannot read `{artifact.path / name}`: {error.strerror}"
+            ) from None
+        (out / file).write_bytes(data)
     stored = json.loads((out / CONFIG).read_bytes())
     if stored != state.config:
         (out / CONFIG).write_bytes(to_json(state.config, indent=2))

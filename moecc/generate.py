@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from moecc.artifact import Artifact, variant_folder
+from moecc.artifact import Artifact
 from moecc.errors import ArtifactError
 from moecc.export import load_model
+from moecc.manifest import variant_folder
 
 
 def complete(artifact: Artifact, variant: str, prompt: str, max_new_tokens: int) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 
+import numpy as np
 import torch
 
 from moecc.architecture import Projection
-from moecc.artifact import SIMILARITY, Artifact
+from moecc.artifact import Artifact
 from moecc.errors import ArtifactError, DamagedArtifactError
+from moecc.manifest import SIMILARITY
 from moecc.similarity import METRICS, Array, distance, gram_matrix
+from moecc.tensorfile import parse_object
 
 
 def layer_distances(artifact: Artifact, layer: int, metric: str) -> list[list[float]]:
@@ -20,16 +22,21 @@ def layer_distances(artifact: Artifact, layer: int, metric: str) -> list[list[fl
     """
     path = artifact.path / SIMILARITY
     try:
-        measured = json.loads(path.read_bytes())
-        known = sorted(measured)
-    except (OSError, ValueError, TypeError) as error:
+        measured = parse_object(path.read_bytes())
+        if metric not in measured:
+            raise ArtifactError(
+                f"`{metric}` was not measured for this artifact",
+                f"there is {', '.join(sorted(measured))}",
+            )
+        distances = np.array(measured[metric][layer], dtype=np.float64)
+        count = len(artifact.variants)
+        expected = (artifact.layers[layer].layer.num_experts, count * (count - 1) // 2)
+        if distances.shape != expected:
+            raise ValueError(f"shape {distances.shape} is not {expected}")
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise DamagedArtifactError(f"`{path}` is damaged: {error}") from None
-    if metric not in known:
-        raise ArtifactError(
-            f"`{metric}` was not measured for this artifact", f"there is {', '.join(known)}"
-        )
-    distances: list[list[float]] = measured[metric][layer]
-    return distances
+    found: list[list[float]] = distances.tolist()
+    return found
 
 
 def all_pairs_distances(artifact: Artifact, layer: int, metric: str, device: str) -> Array:
@@ -39,6 +46,7 @@ def all_pairs_distances(artifact: Artifact, layer: int, metric: str, device: str
             f"`--all-pairs` cannot use the metric `{metric}`", "use l2, cosine or cka"
         )
     stored = artifact.layers[layer].layer
+    artifact.check_layer(layer)
 
     def read(variant: str, expert: int, projection: Projection, span: range) -> torch.Tensor:
         return artifact.rows(variant, layer, projection.name, expert, span)

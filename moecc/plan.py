@@ -170,7 +170,7 @@ def restore_plan(value: Any, inputs: Inputs) -> Plan:
             raise ValueError(f"plan_version is {value['plan_version']}, not {PLAN_VERSION}")
         made_for = (tuple(value["variants"]), value["layout"], Merge(**value["merge"]))
         layers = [
-            [[Group(tuple(g[:-1]), bool(g[-1])) for g in groups] for groups in layer["experts"]]
+            [[_group(g) for g in groups] for groups in layer["experts"]]
             for layer in value["layers"]
         ]
         budget = str(value["budget"])
@@ -184,6 +184,14 @@ def restore_plan(value: Any, inputs: Inputs) -> Plan:
     planner = _Planner(inputs)
     planner.adopt(layers)
     return planner.finish(budget)
+
+
+def _group(value: Any) -> Group:
+    """A group from its JSON, `[variant, ..., coded]`."""
+    *members, coded = value
+    if not members or type(coded) is not bool or any(type(m) is not int for m in members):
+        raise ValueError(f"`{value}` is not a group")
+    return Group(tuple(members), coded)
 
 
 def smallest_bytes(architecture: Architecture, count: int, merge: Merge) -> int:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from moecc.manifest import FORMAT_VERSION
 from moecc.opened import Opened, Planned
 from moecc.recipe import format_size
 
@@ -73,11 +74,18 @@ def plan_tables(planned: Planned) -> list[RenderableType]:
 
 def plan_json(planned: Planned) -> dict[str, Any]:
     """The plan for `--json`, with what the headers say."""
-    return {**header_json(planned.opened), "plan": planned.plan.to_json()}
+    plan, document = planned.plan, header_json(planned.opened)
+    document["experts"] |= {
+        "bytes": plan.expert_bytes,
+        "ratio": round(plan.ratio, 6),
+        "slots_per_layer": [layer.slots for layer in plan.layers],
+    }
+    return {**document, "budget": plan.budget, "plan": plan.to_json()}
 
 
 def header_json(opened: Opened) -> dict[str, Any]:
     return {
+        "format_version": FORMAT_VERSION,
         "architecture": opened.architecture.class_name,
         "variants": {
             v.name: {

@@ -233,6 +233,9 @@ def _from_folder(
     names |= {f"{_TEMPLATES}/{path.name}" for path in (folder / _TEMPLATES).glob("*.jinja")}
     raw_config, config = _read_config(folder, names)
     digest = hashlib.sha256(b"folder\0" + hashlib.sha256(raw_config).digest())
+    # Models unpacked from one archive have equal sizes, times and headers: the place and the time
+    # of the last change of the inode, which nobody can set, tell them apart.
+    digest.update(os.fsencode(folder.resolve()) + b"\0")
     shards = _shards(folder, names)
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in shards:
@@ -240,7 +243,8 @@ def _from_folder(
         status = path.stat()
         headers[file], raw = _header(path)
         header_hash = hashlib.sha256(raw).hexdigest()
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{header_hash}\0".encode())
+        times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
+        digest.update(f"{file}\0{status.st_size}\0{times}\0{header_hash}\0".encode())
     return Source(
         name=name,
         reference=reference,

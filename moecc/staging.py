@@ -1,17 +1,20 @@
 """An output folder that appears whole or not at all, and can be resumed after a kill.
 
-Everything is written to `OUT.partial`, next to the output; finished steps go to its journal with
-the hashes of their files. The folder takes the output's name by one rename at the end. An error or
-Ctrl-C removes it; only a killed process leaves it behind, and the same job then goes on from it.
+Everything is written to `OUT.partial-JOB`, next to the output; finished steps go to its journal
+with the hashes of their files. The folder takes the output's name by one rename at the end. An
+error or Ctrl-C removes it; only a killed process leaves it behind, and the same job then goes on
+from it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +22,6 @@ from typing import Any
 from moecc.errors import ArtifactError
 from moecc.files import sha256_file, sync_folder, to_json
 
-JOB = "job.json"
 JOURNAL = "journal.jsonl"
 
 
@@ -33,8 +35,10 @@ class Staging:
 
     def __init__(self, out: Path, job: str, *, force: bool, replaceable: str) -> None:
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
-        self.job = job
+        # The name says whose it is, so that no file has to, which a kill could cut short.
+        digest = hashlib.sha256(job.encode()).hexdigest()[:12]
+        self.folder = out.with_name(f"{out.name}.partial-{digest}")
+        self._replaced = out.with_name(f"{out.name}.replaced-{digest}")
         self._journal: dict[str, dict[str, Any]] = {}
         self._force = force
         self._made: list[Path] = []  # folders above the output that were not there
@@ -52,21 +56,18 @@ class Staging:
 
     def _open(self) -> None:
         if self.folder.exists():
-            found = _read_json(self.folder / JOB)
-            if found == {"job": self.job}:
-                self._journal = _read_journal(self.folder / JOURNAL)
-                return
+            self._journal = _read_journal(self.folder / JOURNAL)
+            return
+        for other in self.out.parent.glob(f"{escape(self.out.name)}.partial-*"):
             if not self._force:
                 raise ArtifactError(
-                    f"`{self.folder}` is left over from another run",
+                    f"`{other}` is left over from another run",
                     "remove it, or use `--force`",
                 )
-            shutil.rmtree(self.folder)
+            shutil.rmtree(other)
         self._made = [p for p in self.out.absolute().parents if not p.exists()]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir()
-        (self.folder / JOB).write_bytes(to_json({"job": self.job}))
-        sync_folder(self.folder)
 
     def __exit__(
         self,
@@ -111,20 +112,16 @@ class Staging:
 
     def publish(self) -> None:
         """Gives the finished folder the output's name."""
-        for name in (JOB, JOURNAL):
-            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / JOURNAL).unlink(missing_ok=True)
         for folder in sorted(p for p in self.folder.rglob("*") if p.is_dir()):
             sync_folder(folder)
         sync_folder(self.folder)
         if self.out.exists():
-            old = self.out.with_name(self.out.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-            self.folder.rename(self.out)
-            shutil.rmtree(old)
-        else:
-            self.folder.rename(self.out)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self.out.rename(self._replaced)
+        self.folder.rename(self.out)
         sync_folder(self.out.parent)
+        shutil.rmtree(self._replaced, ignore_errors=True)  # after a kill, that of the run before
 
 
 def check_output(out: Path, *, force: bool, replaceable: str) -> None:
@@ -153,13 +150,6 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def _read_journal(path: Path) -> dict[str, dict[str, Any]]:

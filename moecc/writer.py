@@ -16,7 +16,11 @@ from typing import IO
 import torch
 
 from moecc import nonexpert
-from moecc.artifact import (
+from moecc.bank import Job, LayerBank, Pool, ProjectionBank
+from moecc.checkpoint import TORCH_DTYPES, tensor_bytes
+from moecc.coding import Coding
+from moecc.files import to_json
+from moecc.manifest import (
     NON_EXPERT,
     REMAP,
     TENSORS,
@@ -25,10 +29,6 @@ from moecc.artifact import (
     variant_file,
     variant_folder,
 )
-from moecc.bank import Job, LayerBank, Pool, ProjectionBank
-from moecc.checkpoint import TORCH_DTYPES, tensor_bytes
-from moecc.coding import Coding
-from moecc.files import to_json
 from moecc.merge import code_tile
 from moecc.parallel import ordered
 from moecc.recipe import Merge
@@ -58,24 +58,14 @@ def shard_layers(banks: Sequence[LayerBank], shard_size: int) -> list[list[Shard
     shards, number = [], 0
     for bank in banks:
         parts: list[list[Tensor]] = []
-        size = shard_size + 1
         for tensor in sorted(bank.tensors(), key=lambda t: -TORCH_DTYPES[t[1]].itemsize):
-            nbytes = _nbytes(tensor)
-            if size + nbytes > shard_size:
-                parts.append([])
-                size = 0
-            parts[-1].append(tensor)
-            size += nbytes
+            if parts and Shard("", (*parts[-1], tensor)).nbytes <= shard_size:
+                parts[-1].append(tensor)
+            else:
+                parts.append([tensor])
         shards.append([Shard(expert_file(number + i), tuple(p)) for i, p in enumerate(parts)])
         number += len(parts)
     return shards
-
-
-def _nbytes(tensor: Tensor) -> int:
-    size = TORCH_DTYPES[tensor[1]].itemsize
-    for n in tensor[2]:
-        size *= n
-    return size
 
 
 def write_layer(
