@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from moecc.checkpoint import TORCH_DTYPES, Checkpoint, LogicalTensor, Tile
 from moecc.errors import SourceError
+from moecc.skeleton import skeleton
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ def map_tensors(
         projections = []
         for parameter in module.parameters:
             per_expert = _expert_tiles(variant, module, parameter, plan, tensors)
-            dtype = _common_dtype(variant, f"{module.name}.{parameter.name}", per_expert, tensors)
+            dtype = _one_dtype(variant, f"{module.name}.{parameter.name}", per_expert, tensors)
             projections.append(
                 Projection(parameter.name, parameter.shape, dtype, parameter.transposed)
             )
@@ -133,61 +132,14 @@ def map_tensors(
             f"variant `{variant}` is `{type(model).__name__}`, which has no experts moecc knows",
             "moecc consolidates Mixture-of-Experts models; see docs/architectures.md",
         )
-    _check_floating(variant, layers)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     dropped = tuple(key for key in unexpected if any(re.search(p, key) for p in ignored))
     extra = {key: key for key in unexpected if key not in dropped}
     non_expert = extra | _non_expert(variant, model, plan, expert_targets, tensors)
+    _check_dtypes(variant, layers, [tensors[disk] for disk in non_expert.values()])
     optional = frozenset(extra) | (_tied(model).keys() & non_expert.keys())
     layout = Layout(tiles, dict(sorted(non_expert.items())), optional, dropped)
     return Architecture(type(model).__name__, tuple(layers)), layout
-
-
-def model_class(variant: str, config: dict[str, Any]) -> Any:
-    """The transformers class of a checkpoint, by `architectures`, never remote code."""
-    import transformers
-
-    names = config.get("architectures") or []
-    name = names[0] if isinstance(names, list) and names else None
-    cls = getattr(transformers, str(name), None)
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        raise SourceError(
-            f"variant `{variant}` has the architecture `{name}`, "
-            f"which transformers {transformers.__version__} does not know",
-            "check `architectures` in its config.json, or upgrade transformers",
-        )
-    return cls
-
-
-def load_config(variant: str, config: dict[str, Any]) -> Any:
-    """The transformers config object of a parsed config.json, without its quantization."""
-    from transformers import CONFIG_MAPPING
-
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise SourceError(
-            f"variant `{variant}` has the model type `{model_type}`, "
-            "which this version of transformers does not know",
-            "check `model_type` in its config.json, or upgrade transformers",
-        )
-    plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(plain)
-    except Exception as error:
-        raise SourceError(f"the config of variant `{variant}` is not valid: {error}") from None
-
-
-def skeleton(variant: str, config: dict[str, Any]) -> Any:
-    """The model on the meta device: names and shapes, no memory."""
-    cls = model_class(variant, config)
-    loaded = load_config(variant, config)
-    try:
-        with torch.device("meta"):
-            return cls._from_config(loaded)
-    except Exception as error:
-        raise SourceError(
-            f"transformers cannot build variant `{variant}` from its config: {error}"
-        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +161,14 @@ class _Module:
 
 def _expert_modules(model: Any) -> Iterator[_Module]:
     for name, module in model.named_modules():
-        num_experts = int(getattr(module, "num_experts", 0))
-        if hasattr(module, "has_gate") and hasattr(module, "is_transposed") and num_experts:
-            yield _Module(name, num_experts, tuple(_fused_parameters(name, module)))
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+            parameters = tuple(_fused_parameters(name, module))
         elif type(module).__name__ == "SwitchTransformersExperts":
-            yield _Module(name, num_experts, tuple(_switch_parameters(name, module)))
+            parameters = tuple(_switch_parameters(name, module))
+        else:
+            continue
+        if parameters:
+            yield _Module(name, int(module.num_experts), parameters)
 
 
 def _fused_parameters(name: str, module: Any) -> Iterator[_Parameter]:
@@ -288,6 +243,11 @@ def _expert_tiles(
         tensor = tensors[_single(variant, plan, target)]
         return _fused_tiles(variant, module, parameter, tensor, rows, cols)
     _check_operations(variant, target, converter)
+    others = [k for p, ks in sources.items() if p not in converter.source_patterns for k in ks]
+    if others:
+        raise SourceError(
+            f"variant `{variant}` has `{others[0]}` besides the tensors of single experts"
+        )
     per_expert: list[list[Tile]] = [[] for _ in range(module.num_experts)]
     row = 0
     for pattern in converter.source_patterns:
@@ -403,7 +363,25 @@ def _tied(model: Any) -> dict[str, str]:
     return tied
 
 
-def _check_floating(variant: str, layers: list[ExpertLayer]) -> None:
+def _one_dtype(
+    variant: str,
+    name: str,
+    per_expert: tuple[tuple[Tile, ...], ...],
+    tensors: dict[str, LogicalTensor],
+) -> str:
+    """The dtype of all experts of a projection, whose slots have one size."""
+    found = [tensors[tile.tensor] for tiles in per_expert for tile in tiles]
+    for tensor in found:
+        if tensor.dtype != found[0].dtype:
+            raise SourceError(
+                f"`{name}` of variant `{variant}` mixes dtypes: `{found[0].name}` is "
+                f"{found[0].dtype}, `{tensor.name}` is {tensor.dtype}",
+                "save the checkpoint with one dtype",
+            )
+    return found[0].dtype
+
+
+def _check_dtypes(variant: str, layers: list[ExpertLayer], others: list[LogicalTensor]) -> None:
     for layer in layers:
         for projection in layer.projections:
             if projection.dtype not in ("BF16", "F16", "F32"):
@@ -412,24 +390,13 @@ def _check_floating(variant: str, layers: list[ExpertLayer]) -> None:
                     f"`{projection.dtype}`; experts must be BF16, F16 or F32",
                     "an FP8 checkpoint needs its `quantization_config` in config.json",
                 )
-
-
-def _common_dtype(
-    variant: str,
-    projection: str,
-    per_expert: tuple[tuple[Tile, ...], ...],
-    tensors: dict[str, LogicalTensor],
-) -> str:
-    """The one dtype of all experts: slots of a pool are equally large."""
-    found = [tensors[tile.tensor] for tiles in per_expert for tile in tiles]
-    for tensor in found:
-        if tensor.dtype != found[0].dtype:
+    for tensor in others:
+        if tensor.dtype.startswith("F8"):
             raise SourceError(
-                f"`{projection}` of variant `{variant}` mixes dtypes: `{found[0].name}` is "
-                f"{found[0].dtype}, `{tensor.name}` is {tensor.dtype}",
-                "save the checkpoint with one dtype",
+                f"tensor `{tensor.name}` of variant `{variant}` is {tensor.dtype} without "
+                f"scales `{tensor.name}_scale_inv`",
+                "an FP8 checkpoint needs its `quantization_config` in config.json",
             )
-    return found[0].dtype
 
 
 def _shape_error(variant: str, tensor: LogicalTensor, expected: tuple[int, ...]) -> SourceError:

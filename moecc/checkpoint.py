@@ -3,12 +3,13 @@
 A `Checkpoint` shows the *logical* tensors of a source: what `from_pretrained` would see. A plain
 tensor is itself. An FP8 weight and its block scales (`x`, `x_scale_inv`) are one tensor `x`; the
 MXFP4 blocks and scales of gpt-oss (`x_blocks`, `x_scales`) are one tensor `x`. Both are
-dequantized by transformers' own operations, a few rows at a time.
+dequantized a few rows at a time, to the bits that transformers gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -37,6 +38,7 @@ CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 
 STREAM_BYTES = 8 << 20
 MXFP4_BLOCK = 32
+FP8_BLOCK = (128, 128)  # where the config does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +70,20 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
-    """A tensor as `from_pretrained` would see it; `scales` is set when it is quantized on disk."""
+    """A tensor as `from_pretrained` would see it.
+
+    Attributes:
+        dtype: safetensors code, after dequantization.
+        scales: of a tensor that is quantized on disk.
+        block: rows and columns that share a scale; the last block of either may be cut off.
+    """
 
     name: str
-    dtype: str  # safetensors code, after dequantization
+    dtype: str
     shape: tuple[int, ...]
     info: TensorInfo
     scales: TensorInfo | None = None
+    block: tuple[int, int] = (1, 1)
 
     @property
     def nbytes(self) -> int:
@@ -85,10 +94,8 @@ class LogicalTensor:
 
     @property
     def row_align(self) -> int:
-        """Rows that must be read together: the block height of the scales."""
-        if self.scales is None or self.info.dtype == "U8":
-            return 1
-        return self.shape[0] // self.scales.shape[0]
+        """Rows that are best read together: of a block, unless one scale is for all rows."""
+        return self.block[0] if self.scales and self.block[0] < self.shape[0] else 1
 
 
 class Checkpoint:
@@ -101,7 +108,6 @@ class Checkpoint:
         self.source = source
         self.tensors = _logical_tensors(source)
         self._reader = Reader(source) if source.folder is not None else None
-        self._fp8: Any = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -171,27 +177,20 @@ class Checkpoint:
 
     def _fp8_rows(self, tensor: LogicalTensor, row: int, rows: int) -> torch.Tensor:
         assert tensor.scales is not None
-        cols, align = tensor.shape[1], tensor.row_align
-        first, last = row // align, -(-(row + rows) // align)
-        weight = self._matrix(tensor.info, first * align, (last - first) * align)
-        scale = self._matrix(tensor.scales, first, last - first)
-        op = self._fp8_operation()
-        value = op.convert({"weight": [weight], "weight_scale_inv": [scale]})
-        out: torch.Tensor = next(iter(value.values())).to(TORCH_DTYPES[tensor.dtype])
-        skip = row - first * align
-        return out.reshape(-1, cols)[skip : skip + rows].contiguous()
+        cols, (height, width) = tensor.shape[1], tensor.block
+        raw = self._read(tensor.scales, 0, tensor.scales.nbytes)
+        scales = torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.scales.dtype]).float()
+        used = scales.view(-1, -(-cols // width))[row // height : -(-(row + rows) // height)]
+        skip = row % height
+        used = used.repeat_interleave(height, 0)[skip : skip + rows]
+        weight = self._matrix(tensor.info, row, rows).float()
+        weight *= used.repeat_interleave(width, 1)[:, :cols]
+        return weight.to(TORCH_DTYPES[tensor.dtype])
 
     def _matrix(self, info: TensorInfo, row: int, rows: int) -> torch.Tensor:
         row_bytes = info.nbytes // info.shape[0]
         raw = self._read(info, row * row_bytes, rows * row_bytes)
         return torch.frombuffer(raw, dtype=TORCH_DTYPES[info.dtype]).view(rows, info.shape[1])
-
-    def _fp8_operation(self) -> Any:
-        if self._fp8 is None:
-            from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
-            self._fp8 = Fp8Dequantize(None)
-        return self._fp8
 
     def _mxfp4(self, tensor: LogicalTensor, tile: Tile) -> torch.Tensor:
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -237,7 +236,7 @@ def _logical_tensors(source: Source) -> dict[str, LogicalTensor]:
             logical = _fp8_tensor(source, info, infos[f"{name}_scale_inv"])
         elif method == "mxfp4" and name.endswith("_blocks"):
             logical = _mxfp4_tensor(source, info, infos.get(f"{name[:-7]}_scales"))
-        elif (method == "fp8" and name.endswith("_scale_inv")) or (
+        elif (method == "fp8" and _is_fp8_scale(name, infos)) or (
             method == "mxfp4" and name.endswith("_scales") and f"{name[:-7]}_blocks" in infos
         ):
             continue
@@ -245,6 +244,14 @@ def _logical_tensors(source: Source) -> dict[str, LogicalTensor]:
             logical = LogicalTensor(name, info.dtype, info.shape, info)
         tensors[logical.name] = logical
     return dict(sorted(tensors.items()))
+
+
+def _is_fp8_scale(name: str, infos: Mapping[str, TensorInfo]) -> bool:
+    """Scales of weights are read with them; those of activations mean nothing without FP8."""
+    module, _, kind = name.rpartition(".")
+    if kind in ("activation_scale", "input_scale"):
+        return f"{module}.weight_scale_inv" in infos
+    return name.endswith("_scale_inv")
 
 
 def _quantization(source: Source) -> str | None:
@@ -268,13 +275,28 @@ def _model_dtype(source: Source) -> str:
 
 
 def _fp8_tensor(source: Source, weight: TensorInfo, scale: TensorInfo) -> LogicalTensor:
-    grid = len(weight.shape) == 2 == len(scale.shape)
-    if not grid or any(s == 0 or w % s for w, s in zip(weight.shape, scale.shape, strict=True)):
+    """Scales come one a block, or one for the whole tensor."""
+    quantization = source.config["quantization_config"]
+    block: Any = FP8_BLOCK
+    if isinstance(quantization, dict) and "weight_block_size" in quantization:
+        block = quantization["weight_block_size"]
+    if math.prod(scale.shape) == 1:
+        block = weight.shape
+    try:
+        height, width = (int(n) for n in block)
+        rows, cols = weight.shape
+        fits = rows * cols > 0 and block == weight.shape
+        fits = fits or scale.shape == (-(-rows // height), -(-cols // width))
+    except (TypeError, ValueError, ZeroDivisionError):
+        fits = False
+    if not fits or scale.dtype not in ("F32", "BF16", "F16") or not weight.dtype.startswith("F8"):
         raise SourceError(
-            f"tensor `{weight.name}` of variant `{source.name}` has shape {list(weight.shape)} "
-            f"and scales of shape {list(scale.shape)}"
+            f"tensor `{weight.name}` of variant `{source.name}` is {weight.dtype} of shape "
+            f"{list(weight.shape)} with {scale.dtype} scales of shape {list(scale.shape)}, "
+            f"which do not fit blocks of {block}"
         )
-    return LogicalTensor(weight.name, _model_dtype(source), weight.shape, weight, scale)
+    dtype = _model_dtype(source)
+    return LogicalTensor(weight.name, dtype, weight.shape, weight, scale, (height, width))
 
 
 def _mxfp4_tensor(source: Source, blocks: TensorInfo, scales: TensorInfo | None) -> LogicalTensor:

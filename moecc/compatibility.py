@@ -6,20 +6,26 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from moecc.architecture import Architecture, Layout, load_config
+from moecc.architecture import Architecture, Layout
 from moecc.checkpoint import Checkpoint
 from moecc.errors import SourceError
+from moecc.skeleton import load_config
 
 # Keys that say how a model was made or is run, not what it computes.
 _MAY_DIFFER = re.compile(
     r"""_name_or_path|architectures|transformers_version|torch_dtype|dtype|use_cache|chunk_size.*
     |(.*_)?token_(id|index)|forced_.*|.*dropout.*|.*_loss.*|.*jitter.*|initializer_.*|output_.*
+    |head_dim  # the tensors' shapes tell
     |return_dict|.*_drop|max_position_embeddings|max_length|seq_length|max_sequence_length
     |original_max_position_embeddings|rope_theta|task_specific_params|quantization_config
     |problem_type|id2label|label2id|num_labels|_.*
     |is_decoder|pruned_heads|finetuning_task|tokenizer_class|prefix|pretraining_tp""",
     re.VERBOSE,
 )
+# Some of them do change the result: rotary embeddings of these types depend on the position limits,
+# and the router of Phi-MoE cuts at its jitter noise even when it is not trained.
+_SCALED_BY_LENGTH = {"longrope", "dynamic"}
+_LENGTHS = {"max_position_embeddings", "original_max_position_embeddings"}
 
 
 def compare(variants: list[tuple[Checkpoint, Architecture, Layout]]) -> None:
@@ -44,11 +50,15 @@ def compare(variants: list[tuple[Checkpoint, Architecture, Layout]]) -> None:
 def _compare_configs(pair: tuple[str, str], a: dict[str, Any], b: dict[str, Any]) -> None:
     left, right = (_flat(load_config(n, c).to_dict()) for n, c in zip(pair, (a, b), strict=True))
     known = _flat(_default_config(str(a["model_type"])))
+    rope_types = {str(value) for key, value in left.items() if key.endswith("rope_type")}
+    computed = _LENGTHS if rope_types & _SCALED_BY_LENGTH else set()
+    computed = computed | ({"router_jitter_noise"} if a["model_type"] == "phimoe" else set())
     for key in sorted(left.keys() | right.keys()):
         leaf = key.rsplit(".", 1)[-1]
         # A key the config class does not know cannot change what the model computes.
         unknown = key not in known and ".rope_" not in f".{key}"
-        if unknown or _MAY_DIFFER.fullmatch(leaf) or left.get(key) == right.get(key):
+        may_differ = any(map(_MAY_DIFFER.fullmatch, key.split("."))) and leaf not in computed
+        if unknown or may_differ or left.get(key) == right.get(key):
             continue
         raise SourceError(
             f"config key `{key}` is `{left.get(key)}` in `{pair[0]}` "

@@ -17,6 +17,7 @@ from moecc.checkpoint import TORCH_DTYPES, LogicalTensor, Tile, tensor_bytes
 from moecc.errors import ArtifactError, DamagedArtifactError, SourceError
 from moecc.files import to_json
 from moecc.manifest import TENSORS, variant_file, variant_folder
+from moecc.skeleton import load_config, model_class
 from moecc.staging import Staging
 from moecc.tensorfile import TensorInfo, build_header, pwrite_full
 from moecc.variants import TILE_ELEMENTS
@@ -72,6 +73,8 @@ class VariantState:
         """A whole tensor, as the source has it."""
         found = self.tensors[name]
         raw = bytearray(found.nbytes)
+        if not raw:
+            return torch.empty(found.shape, dtype=TORCH_DTYPES[found.dtype])
         for offset, block in self.pieces(name):
             raw[offset : offset + len(block)] = block
         return torch.frombuffer(raw, dtype=TORCH_DTYPES[found.dtype]).view(found.shape)
@@ -187,8 +190,6 @@ def _parts(tile: Tile) -> Iterable[Tile]:
 
 def load_model(artifact: Artifact, variant: str, **options: Any) -> Any:
     """The variant as a transformers model on the CPU; `options` go to `from_pretrained`."""
-    from moecc.architecture import load_config, model_class
-
     state = VariantState(artifact, variant)
     cls = model_class(variant, state.config)
     return cls.from_pretrained(

@@ -112,7 +112,7 @@ class Outcome:
         assert self.code == code, self
         assert "Traceback" not in self.err, self
         assert "internal error" not in self.err, self
-        assert self.err.count("error: ") == 1, self
+        assert [line[:7] for line in self.err.splitlines()].count("error: ") == 1, self
         for text in texts:
             assert text in flat, (text, self)
         return self
@@ -172,6 +172,7 @@ def trap(number, sent):
     sys.addaudithook(audit)
     return events
 
+print(hash("moecc"), flush=True)
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
@@ -215,7 +216,10 @@ class Lab:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": "4242"},
         )
+        assert self._process.stdout
+        self.hash = int(self._process.stdout.readline())
 
     def __call__(
         self,
@@ -239,7 +243,8 @@ class Lab:
             "signal": signal,
             "log": str(self.folder / "events"),
         }
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         code = json.loads(self._process.stdout.readline())

@@ -64,6 +64,19 @@ _JAMBA = _TEXT | {
     "mamba_d_state": 4,
     "mamba_dt_rank": 4,
 }
+_NEMOTRON = {
+    **{key: _SMALL[key] for key in _SMALL if key != "num_hidden_layers"},
+    "layers_block_type": ["mamba", "moe", "attention", "moe"],
+    "head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_shared_expert_intermediate_size": 24,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+}
 _SWITCH: dict[str, Any] = {
     "vocab_size": 96,
     "d_model": 32,
@@ -97,13 +110,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         _DEEPSEEK | {"topk_method": "group_limited_greedy"},
     ),
     "deepseek-v3": ("DeepseekV3ForCausalLM", _DEEPSEEK),
-    "phimoe": ("PhimoeForCausalLM", _TEXT | {"num_local_experts": 4}),
+    "phimoe": (
+        "PhimoeForCausalLM",
+        _TEXT | {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
+    ),
     "gpt-oss": (
         "GptOssForCausalLM",
         _TEXT | {"num_local_experts": 4, "head_dim": 8, "rope_parameters": _YARN},
     ),
     "granitemoe": ("GraniteMoeForCausalLM", _TEXT | {"num_local_experts": 4}),
     "jamba": ("JambaForCausalLM", _JAMBA),
+    "nemotron-h": ("NemotronHForCausalLM", _NEMOTRON),  # experts without a gate
     "switch": ("SwitchTransformersForConditionalGeneration", _SWITCH),
     "ernie4.5-moe": (
         "Ernie4_5_MoeForCausalLM",
@@ -165,7 +182,7 @@ def write(folder: Path, values: Mapping[str, Tensor]) -> Path:
     """Replaces the weights of a checkpoint by exactly these tensors, in one file."""
     for path in [*folder.glob("*.safetensors"), folder / INDEX]:
         path.unlink(missing_ok=True)
-    plain = {name: value.contiguous() for name, value in values.items()}
+    plain = {name: value.clone().contiguous() for name, value in values.items()}
     save_file(plain, folder / SINGLE, metadata={"format": "pt"})
     return folder
 
@@ -188,18 +205,21 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 def to_fp8(
     folder: Path, scale_dtype: torch.dtype = torch.float32, block: tuple[int, int] = (128, 128)
 ) -> Path:
-    """Quantizes a Qwen3-MoE in place, as Qwen's FP8 checkpoints are: experts and attention."""
+    """Quantizes a Qwen3-MoE in place, as Qwen's FP8 checkpoints are: experts and attention.
+
+    Blocks of (0, 0) stand for one scale a tensor.
+    """
 
     def change(values: dict[str, Tensor]) -> None:
         for name in [n for n in values if n.endswith("_proj.weight")]:
             values[name], scale = _fp8(values[name].float(), scale_dtype, block)
-            values[f"{name}_scale_inv"] = scale
+            values[f"{name}_scale_inv"] = scale if any(block) else scale[0, 0]
 
     edit(folder, change)
     quantization = {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
-        "weight_block_size": list(block),
+        "weight_block_size": list(block) if any(block) else None,
         "modules_to_not_convert": ["lm_head"],
     }
     return edit_config(folder, quantization_config=quantization)
@@ -207,15 +227,32 @@ def to_fp8(
 
 def _fp8(weight: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Codes and scales of blocks; the last ones may be cut off."""
-    grid = [range(0, n, b) for n, b in zip(weight.shape, block, strict=True)]
+    height, width = (b or n for n, b in zip(weight.shape, block, strict=True))
+    grid = (range(0, weight.shape[0], height), range(0, weight.shape[1], width))
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty(len(grid[0]), len(grid[1]), dtype=dtype)
     for i, row in enumerate(grid[0]):
         for j, col in enumerate(grid[1]):
-            part = (slice(row, row + block[0]), slice(col, col + block[1]))
+            part = (slice(row, row + height), slice(col, col + width))
             scales[i, j] = weight[part].abs().max() / 448
             codes[part] = (weight[part] / scales[i, j].float()).to(torch.float8_e4m3fn)
     return codes, scales
+
+
+def from_fp8(folder: Path, block: tuple[int, int] = (128, 128)) -> Path:
+    """Dequantizes what `to_fp8` made, in place and by the book."""
+
+    def change(values: dict[str, Tensor]) -> None:
+        for name in [n for n in values if n.endswith("_scale_inv")]:
+            scale = values.pop(name).float()
+            weight = values[name.removesuffix("_scale_inv")]
+            if any(block):
+                scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+                scale = scale[: weight.shape[0], : weight.shape[1]]
+            values[name.removesuffix("_scale_inv")] = (weight.float() * scale).bfloat16()
+
+    edit(folder, change)
+    return edit_config(folder, quantization_config=None)
 
 
 def to_mxfp4(folder: Path, seed: int = 0) -> Path:
