@@ -30,6 +30,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from tables import markdown
 
 from moecc.artifact import Artifact
 from moecc.consolidate import open_recipe, run
@@ -268,7 +269,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default=ROWS, help=f"comma-separated; default: {ROWS}")
     parser.add_argument("--group", type=int, default=64, help="weights a scale; default: 64")
     parser.add_argument("--windows", type=int, help="at most so many a variant; default: all")
-    parser.add_argument("--out", type=Path, help="JSON; a .png is put beside it if matplotlib is")
+    parser.add_argument("--out", type=Path, help="JSON; .md and .png go beside it")
     return parser.parse_args()
 
 
@@ -294,7 +295,8 @@ def main() -> None:
             console.print(f"{row.name}: {results[-1].ratio:.3f}x {results[-1].mean:.4f}")
     title = f"{args.family}: {', '.join(names)}"
     # Wide enough for every column wherever the output goes.
-    Console(width=max(console.width, 120)).print(table(results, title))
+    shown = table(results, title)
+    Console(width=max(console.width, 120)).print(shown)
     held = bars(results)
     for bar in held:
         console.print(
@@ -313,6 +315,7 @@ def main() -> None:
             "bars": held,
         }
         args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        args.out.with_suffix(".md").write_text(markdown(shown), encoding="utf-8")
         if importlib.util.find_spec("matplotlib"):
             plot(results, args.out.with_suffix(".png"), title)
 

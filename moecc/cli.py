@@ -98,8 +98,10 @@ def consolidate(
     saved = _read_plan(plan) if plan else None
     _check_device(device)
     from moecc.consolidate import open_recipe, plan_recipe, run
+    from moecc.parallel import keep_freed_memory
     from moecc.report import header_json, header_tables, plan_json, plan_tables
 
+    keep_freed_memory()
     with console.progress() as report:
         if dry_run:
             opened = open_recipe(loaded, weights=False, on_progress=report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections import deque
@@ -16,6 +17,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MAX_WORKERS = 8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @contextmanager
@@ -46,6 +48,18 @@ def ordered(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the buffers of freed tiles for the next ones, for the life of the process.
+
+    By default it returns each to the kernel, and mapping and clearing them again took a fifth of
+    the time of a consolidation. Does nothing where there is no `mallopt`.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def in_background(function: Callable[[T], R], argument: T) -> Future[R]:
