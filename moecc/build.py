@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moecc import __version__
 from moecc.bank import LayerBank, coded_groups, lay_out
 from moecc.card import model_card
 from moecc.errors import ArtifactError, PlanError
-from moecc.files import current_umask, to_json
+from moecc.files import current_umask, to_json, write_file
 from moecc.manifest import (
     CARD,
     FORMAT,
@@ -305,6 +306,7 @@ def _cached_hashes(source: Any) -> dict[str, str]:
     except (OSError, ValueError):
         pass
     hashes: dict[str, str] = source.content_hashes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(to_json(hashes))
+    with suppress(OSError):  # a cache that cannot be written is done without
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, to_json(hashes))
     return hashes

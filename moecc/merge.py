@@ -66,7 +66,7 @@ def code_tile(
             part, delta = _code(tile - value, residual)
             residuals.append(part)
             served = add_residual(value, delta).float()
-        off = (served - tile).view(-1)
+        off = (served - tile).reshape(-1)
         error += weight * float(off.dot(off))
     return CodedTile(stored, tuple(residuals), error)
 

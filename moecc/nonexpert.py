@@ -48,7 +48,7 @@ def compress_delta(
 
     Returns its size, or None (and stops writing) as soon as it is not below `limit`.
     """
-    compressor = zstandard.ZstdCompressor(level=LEVEL, threads=0).compressobj()
+    compressor = zstandard.ZstdCompressor(level=LEVEL, threads=0, write_checksum=True).compressobj()
     written = 0
     for a, b in zip(rechunk(mine), rechunk(base), strict=True):
         written += out.write(compressor.compress(_planes(_xor(a, b), itemsize)))

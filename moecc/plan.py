@@ -17,6 +17,7 @@ import heapq
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
@@ -191,7 +192,7 @@ def _group(value: Any) -> Group:
     *members, coded = value
     if not members or type(coded) is not bool or any(type(m) is not int for m in members):
         raise ValueError(f"`{value}` is not a group")
-    return Group(tuple(members), coded)
+    return Group(tuple(sorted(members)), coded)
 
 
 def smallest_bytes(architecture: Architecture, count: int, merge: Merge) -> int:
@@ -325,6 +326,8 @@ class _Planner:
     def adopt(self, layers: list[list[list[Group]]]) -> None:
         """Takes over the groups of a saved plan, if they place every expert and lose nothing."""
         everyone = list(range(len(self.inputs.variants)))
+        if len(layers) > len(self.layers):
+            raise PlanError(f"the plan has {len(layers)} layers, not {len(self.layers)}")
         for layer, found in enumerate(self.layers):
             experts = layers[layer] if layer < len(layers) else []
             if len(experts) != found.num_experts:
@@ -406,8 +409,8 @@ def _tree(apart: Array, groups: list[Group], method: str) -> Array:
 
 def _expert_target(budget: Budget, inputs: Inputs) -> int:
     if budget.ratio is not None:
-        # The epsilon keeps 1.35 from being 1.3499999.
-        return int(budget.ratio * 2 * inputs.architecture.expert_params + 1e-6)
+        # In fractions of the decimal number: 1.35 is not 1.3499999.
+        return int(Fraction(str(budget.ratio)) * 2 * inputs.architecture.expert_params)
     assert budget.nbytes is not None
     return budget.nbytes - inputs.non_expert_bytes
 

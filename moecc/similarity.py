@@ -9,8 +9,8 @@ Every metric is a function of the inner products <a, b> of the experts:
   examples. It is the cosine of the centered Gram matrices of the rows, which are built block by
   block; an expert's projections are the blocks of one block-diagonal matrix.
 
-Products are summed in float64, so that |a|^2 + |b|^2 - 2 <a, b> is exact enough for siblings that
-differ by a millionth. Memory holds a tile of each expert, never an expert.
+Products are summed in float64, so that |a|^2 + |b|^2 - 2 <a, b> is good to one percent even for
+siblings that differ by a millionth. Memory holds a tile of each expert, never an expert.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -260,9 +260,10 @@ def _save(path: Path, similarity: Similarity) -> None:
     arrays: dict[str, Any] = {f"gram{i}": a for i, a in enumerate(similarity.gram)}
     arrays |= {f"distinct{i}": a for i, a in enumerate(similarity.distinct)}
     arrays |= {f"cka{i}": a for i, a in enumerate(similarity.cka_gram or [])}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as file:
-        np.savez(file, **arrays)
+    with suppress(OSError):  # a cache that cannot be written is done without
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as file:
+            np.savez(file, **arrays)
 
 
 def _load(path: Path, architecture: Architecture, count: int, cka: bool) -> Similarity | None:
@@ -273,9 +274,9 @@ def _load(path: Path, architecture: Architecture, count: int, cka: bool) -> Simi
             gram = [arrays[f"gram{i}"] for i in layers]
             distinct = [arrays[f"distinct{i}"] for i in layers]
             cka_gram = [arrays[f"cka{i}"] for i in layers] if cka else None
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile):
+    except Exception:  # numpy and zipfile raise all kinds for a damaged file
         return None
-    for layer, g, d in zip(architecture.layers, gram, distinct, strict=True):
-        if g.shape != (layer.num_experts, count, count) or d.shape != g.shape[:2]:
+    for layer, g, c, d in zip(architecture.layers, gram, cka_gram or gram, distinct, strict=True):
+        if {g.shape, c.shape} != {(layer.num_experts, count, count)} or d.shape != g.shape[:2]:
             return None
     return Similarity(gram, cka_gram, distinct)

@@ -8,6 +8,7 @@ from it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from moecc.errors import ArtifactError
-from moecc.files import sha256_file, sync_folder, to_json
+from moecc.files import sha256_file, sync_folder, to_json, write_file
 
 JOURNAL = "journal.jsonl"
 
@@ -34,13 +35,15 @@ class Staging:
     """
 
     def __init__(self, out: Path, job: str, *, force: bool, replaceable: str) -> None:
-        self.out = out
+        # A link is kept: what it points to is replaced.
+        self.out = out = out.resolve() if out.is_symlink() and out.exists() else out
         # The name says whose it is, so that no file has to, which a kill could cut short.
         digest = hashlib.sha256(job.encode()).hexdigest()[:12]
         self.folder = out.with_name(f"{out.name}.partial-{digest}")
         self._replaced = out.with_name(f"{out.name}.replaced-{digest}")
         self._journal: dict[str, dict[str, Any]] = {}
         self._force = force
+        self._fd = -1
         self._made: list[Path] = []  # folders above the output that were not there
         check_output(out, force=force, replaceable=replaceable)
 
@@ -56,9 +59,12 @@ class Staging:
 
     def _open(self) -> None:
         if self.folder.exists():
+            self._lock()
             self._journal = _read_journal(self.folder / JOURNAL)
+            lines = [to_json(entry, indent=None) for entry in self._journal.values()]
+            write_file(self.folder / JOURNAL, b"".join(lines))  # without a line cut short
             return
-        for other in self.out.parent.glob(f"{escape(self.out.name)}.partial-*"):
+        for other in self.out.parent.glob(f"{escape(self.out.name)}.partial-{'[0-9a-f]' * 12}"):
             if not self._force:
                 raise ArtifactError(
                     f"`{other}` is left over from another run",
@@ -68,6 +74,23 @@ class Staging:
         self._made = [p for p in self.out.absolute().parents if not p.exists()]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir()
+        self._lock()
+
+    def _lock(self) -> None:
+        """Keeps a second run of the same job out, until this process ends or is done."""
+        self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise ArtifactError(
+                f"another run is writing `{self.out}`", "wait for it, or stop it"
+            ) from None
+
+    def _unlock(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def __exit__(
         self,
@@ -75,6 +98,7 @@ class Staging:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._unlock()
         if kind is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):
@@ -112,14 +136,21 @@ class Staging:
 
     def publish(self) -> None:
         """Gives the finished folder the output's name."""
-        (self.folder / JOURNAL).unlink(missing_ok=True)
         for folder in sorted(p for p in self.folder.rglob("*") if p.is_dir()):
             sync_folder(folder)
         sync_folder(self.folder)
-        if self.out.exists():
+        # Last, for until then a killed job can go on from it.
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+        replaces = self.out.exists()
+        if replaces:
             shutil.rmtree(self._replaced, ignore_errors=True)
             self.out.rename(self._replaced)
-        self.folder.rename(self.out)
+        try:
+            self.folder.rename(self.out)
+        except BaseException:
+            if replaces:
+                self._replaced.rename(self.out)
+            raise
         sync_folder(self.out.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)  # after a kill, that of the run before
 
