@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from moecc import __version__
 from moecc.bank import LayerBank, coded_groups, lay_out
 from moecc.card import model_card
 from moecc.errors import ArtifactError, PlanError
-from moecc.files import current_umask, to_json, write_file
+from moecc.files import current_umask, to_json
 from moecc.manifest import (
     CARD,
     FORMAT,
@@ -30,10 +29,10 @@ from moecc.manifest import (
     variant_file,
 )
 from moecc.opened import Opened, Planned, Progress
-from moecc.parallel import in_background, worker_pool
+from moecc.parallel import worker_pool
 from moecc.plan import significant
 from moecc.recipe import format_size
-from moecc.similarity import Similarity, cache_folder
+from moecc.similarity import Similarity
 from moecc.staging import Staging
 from moecc.writer import (
     Place,
@@ -56,8 +55,15 @@ class Build:
     Raises PlanError if 16-bit centers would lose bits of the sources' dtype unasked.
     """
 
-    def __init__(self, planned: Planned, device: str, on_progress: Progress) -> None:
+    def __init__(
+        self,
+        planned: Planned,
+        hashes: Future[list[dict[str, str]]],
+        device: str,
+        on_progress: Progress,
+    ) -> None:
         self.planned = planned
+        self.hashes = hashes  # of the sources' weights
         self.opened = planned.opened
         self.recipe = planned.opened.recipe
         self.device = device
@@ -71,10 +77,9 @@ class Build:
         """Writes everything and publishes it; raises ArtifactError if the disk is too small."""
         with Staging(out, self._job(), force=force, replaceable=MANIFEST) as staging:
             self._check_space(staging)
-            hashes = in_background(_content_hashes, self.opened)
             layers = self._write_layers(staging)
             variants = self._write_variants(staging)
-            self._write_manifest(staging, layers, variants, hashes.result())
+            self._write_manifest(staging, layers, variants, self.hashes.result())
             staging.publish()
 
     def _job(self) -> str:
@@ -290,23 +295,3 @@ def _similarity_json(similarity: Similarity, opened: Opened) -> dict[str, Any]:
         ]
         for metric in metrics
     }
-
-
-def _content_hashes(opened: Opened) -> list[dict[str, str]]:
-    """Per variant, file -> SHA-256 of its weights; kept in the cache of measurements."""
-    return [_cached_hashes(v.checkpoint.source) for v in opened.variants]
-
-
-def _cached_hashes(source: Any) -> dict[str, str]:
-    path = cache_folder() / f"{source.fingerprint}.sha256.json"
-    try:
-        cached = json.loads(path.read_bytes())
-        if isinstance(cached, dict) and all(isinstance(v, str) for v in cached.values()):
-            return cached
-    except (OSError, ValueError):
-        pass
-    hashes: dict[str, str] = source.content_hashes()
-    with suppress(OSError):  # a cache that cannot be written is done without
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, to_json(hashes))
-    return hashes

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moecc.build import Build
+from moecc.files import to_json, write_file
 from moecc.manifest import MANIFEST
 from moecc.opened import Opened, Planned, Progress, silent
+from moecc.parallel import in_background
 from moecc.plan import Inputs, make_plan, restore_plan
 from moecc.recipe import Recipe
 from moecc.similarity import cache_folder, measure
@@ -30,10 +35,13 @@ def run(
     Killed at any point and called again, it resumes. Raises MoeccError, leaving nothing behind.
     """
     check_output(out, force=force, replaceable=MANIFEST)
-    opened = open_recipe(recipe, on_progress=on_progress)
+    sources = find_sources(recipe, on_progress=on_progress)
+    # From the start: this also brings the weights into memory while transformers is loaded.
+    hashes = in_background(_content_hashes, sources)
+    opened = _open(recipe, sources)
     try:
         planned = plan_recipe(opened, saved=saved_plan, device=device, on_progress=on_progress)
-        Build(planned, device, on_progress).write(out, force)
+        Build(planned, hashes, device, on_progress).write(out, force)
     finally:
         opened.close()
     return planned
@@ -44,11 +52,22 @@ def open_recipe(recipe: Recipe, *, weights: bool = True, on_progress: Progress =
 
     Raises SourceError.
     """
+    return _open(recipe, find_sources(recipe, weights=weights, on_progress=on_progress))
+
+
+def find_sources(
+    recipe: Recipe, *, weights: bool = True, on_progress: Progress = silent
+) -> list[Source]:
+    """Every variant's checkpoint, headers checked; downloaded from the Hub if `weights`."""
     sources: list[Source] = []
     for number, variant in enumerate(recipe.variants):
         on_progress("sources", number, len(recipe.variants))
         sources.append(resolve(variant.name, variant.source, recipe.folder, weights=weights))
     on_progress("sources", len(sources), len(sources))
+    return sources
+
+
+def _open(recipe: Recipe, sources: Sequence[Source]) -> Opened:
     architecture, variants = open_variants(sources)
     return Opened(recipe, architecture, tuple(variants))
 
@@ -88,3 +107,23 @@ def plan_recipe(
     else:
         plan = restore_plan(saved, inputs)
     return Planned(opened, similarity, plan)
+
+
+def _content_hashes(sources: Sequence[Source]) -> list[dict[str, str]]:
+    """Per variant, file -> SHA-256 of its weights; kept in the cache of measurements."""
+    return [_cached_hashes(source) for source in sources]
+
+
+def _cached_hashes(source: Source) -> dict[str, str]:
+    path = cache_folder() / f"{source.fingerprint}.sha256.json"
+    try:
+        cached = json.loads(path.read_bytes())
+        if isinstance(cached, dict) and all(isinstance(v, str) for v in cached.values()):
+            return cached
+    except (OSError, ValueError):
+        pass
+    hashes = source.content_hashes()
+    with suppress(OSError):  # a cache that cannot be written is done without
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, to_json(hashes))
+    return hashes

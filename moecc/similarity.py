@@ -197,7 +197,7 @@ def _split(labels: Labels, tiles: Sequence[torch.Tensor]) -> Labels:
 def _weight_blocks(
     layer: ExpertLayer, readers: Sequence[RowReader], device: str
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    elements = max(1, TILE_ELEMENTS * 32 // len(readers))
+    elements = max(1, TILE_ELEMENTS * 8 // len(readers))
     for projection in layer.projections:
         for span in row_spans(projection, elements=elements):
             rows = [read(projection, span).to(device).view(-1) for read in readers]

@@ -12,7 +12,7 @@ from moecc.checkpoint import Checkpoint, tile_rows
 from moecc.compatibility import compare
 from moecc.sources import Source
 
-TILE_ELEMENTS = 1 << 18
+TILE_ELEMENTS = 1 << 20  # few and long calls: threads wait for the interpreter lock between them
 TRANSPOSED_ROWS = 1024  # a row of a transposed matrix is scattered: read runs of 2 KiB
 
 
