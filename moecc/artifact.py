@@ -177,11 +177,11 @@ class Artifact:
                     raise ValueError(f"there is no variant `{tensor.owner}`")
             return found
 
-    def stream(self, variant: str, name: str) -> Iterator[bytes | bytearray]:
+    def stream(self, variant: str, name: str) -> Iterator[bytes | memoryview]:
         """The bytes of a tensor outside the experts, in blocks."""
         return self._stream(name, self.non_expert(variant)[name])
 
-    def _stream(self, name: str, tensor: StoredTensor) -> Iterator[bytes | bytearray]:
+    def _stream(self, name: str, tensor: StoredTensor) -> Iterator[bytes | memoryview]:
         file = variant_file(tensor.owner, NON_EXPERT)
         if not tensor.delta:
             info = self._info(file, name, tensor.dtype, tensor.shape)
@@ -293,7 +293,7 @@ class Artifact:
             )
         return TensorInfo(name, info.dtype, info.shape, file, info.offset, info.nbytes)
 
-    def _read(self, info: TensorInfo, start: int, nbytes: int) -> bytearray:
+    def _read(self, info: TensorInfo, start: int, nbytes: int) -> memoryview:
         if info.file not in self._fds:
             self._fds[info.file] = os.open(self.path / info.file, os.O_RDONLY)
         try:

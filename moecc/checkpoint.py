@@ -135,7 +135,7 @@ class Checkpoint:
             return self._mxfp4(tensor, tile)
         return self._fp8_rows(tensor, tile.offset // tile.cols, tile.rows)
 
-    def stream(self, name: str) -> Iterator[bytes | bytearray]:
+    def stream(self, name: str) -> Iterator[memoryview]:
         """The bytes of a whole logical tensor, row-major, in blocks of about 8 MiB."""
         tensor = self.tensors[name]
         if tensor.scales is None:
@@ -150,7 +150,7 @@ class Checkpoint:
             rows = self._fp8_rows(tensor, row, min(step, tensor.shape[0] - row))
             yield tensor_bytes(rows)
 
-    def _read(self, info: TensorInfo, start: int, nbytes: int) -> bytearray:
+    def _read(self, info: TensorInfo, start: int, nbytes: int) -> memoryview:
         assert self._reader is not None, "headers only: no weights to read"
         return self._reader.read(info, start, nbytes)
 
@@ -220,9 +220,9 @@ def transpose(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.transpose(0, 1).contiguous()
 
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """The bytes of a contiguous CPU tensor."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor, row-major; those of a contiguous one are not copied."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _logical_tensors(source: Source) -> dict[str, LogicalTensor]:

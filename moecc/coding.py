@@ -50,7 +50,7 @@ _OF_BLEND: dict[int, tuple[float, float, tuple[float, ...]]] = {
 }
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # eight packed codes, by width
 _TINY = 2.0**-126  # the smallest normal float32 (and bfloat16)
-# Weights worked on at once. On a CPU calls are long, as threads wait for the interpreter in between.
+# Weights worked on at once. On a CPU calls are long: threads wait for the interpreter between.
 _CPU_TILE, _CUDA_TILE = 1 << 19, 1 << 25
 
 

@@ -54,7 +54,7 @@ class VariantState:
         self._tiles = _tiles_by_tensor(layout)
         self._canonical = {disk: name for name, disk in layout.non_expert.items()}
 
-    def pieces(self, name: str) -> Iterator[tuple[int, bytes | bytearray]]:
+    def pieces(self, name: str) -> Iterator[tuple[int, bytes | memoryview]]:
         """(byte offset, bytes) of parts that make up a tensor, row-major."""
         if name in self._canonical:
             offset = 0
@@ -79,7 +79,7 @@ class VariantState:
             raw[offset : offset + len(block)] = block
         return torch.frombuffer(raw, dtype=TORCH_DTYPES[found.dtype]).view(found.shape)
 
-    def _bytes(self, rows: torch.Tensor, tile: Tile, name: str) -> bytes:
+    def _bytes(self, rows: torch.Tensor, tile: Tile, name: str) -> memoryview:
         """The tile's bytes as they lie in the source's tensor."""
         values = rows.to(TORCH_DTYPES[self.tensors[name].dtype])
         out = torch.empty(tile.rows * tile.cols, dtype=values.dtype)

@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 import zstandard
 
-Blocks = Iterable[bytes | bytearray]  # a byte stream, cut anywhere
+Blocks = Iterable[bytes | memoryview]  # a byte stream, cut anywhere
 
 CHUNK = 4 << 20  # a multiple of every element size
 LEVEL = 3

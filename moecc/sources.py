@@ -95,7 +95,7 @@ class Reader:
         self._open: dict[str, tuple[int, int]] = {}  # file -> (fd, users), oldest use first
         self._closed = False
 
-    def read(self, info: TensorInfo, start: int, nbytes: int) -> bytearray:
+    def read(self, info: TensorInfo, start: int, nbytes: int) -> memoryview:
         """`nbytes` of the tensor `info` from byte `start` of it.
 
         Raises:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 DTYPE_BYTES: dict[str, int] = {
     "BOOL": 1,
     "U8": 1,
@@ -197,9 +199,9 @@ def pread_into(fd: int, buffer: bytearray | memoryview, offset: int) -> None:
         done += count
 
 
-def pread_full(fd: int, nbytes: int, offset: int) -> bytearray:
-    """Exactly `nbytes` from `offset`; raises EOFError where the file ends first."""
-    buffer = bytearray(nbytes)
+def pread_full(fd: int, nbytes: int, offset: int) -> memoryview:
+    """Exactly `nbytes` from `offset`, writable; raises EOFError where the file ends first."""
+    buffer = np.empty(nbytes, dtype=np.uint8).data  # a bytearray would be cleared first
     pread_into(fd, buffer, offset)
     return buffer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,8 +33,6 @@ from moecc.parallel import ordered
 from moecc.recipe import Merge
 from moecc.tensorfile import TensorInfo, build_header, pwrite_full
 from moecc.variants import OpenVariant, row_spans
-
-FLUSH_SECONDS = 1.0
 
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
@@ -129,38 +126,10 @@ def _open_shards(folder: Path, shards: Sequence[Shard]) -> Iterator[_Slots]:
             os.ftruncate(fd, len(header) + sum(info.nbytes for info in infos.values()))
             pwrite_full(fd, header, 0)
             slots.tensors |= {name: (fd, info) for name, info in infos.items()}
-        with _flushing(fds):
-            yield slots
+        yield slots
     finally:
         for fd in fds:
             os.close(fd)
-
-
-@contextmanager
-def _flushing(fds: Sequence[int]) -> Iterator[None]:
-    """Sends what is written to the disk meanwhile, so that the sync at the end finds little to do.
-
-    Raises OSError, as that sync would, if the disk refused something.
-    """
-    done, failures = threading.Event(), []
-
-    def flush() -> None:
-        try:
-            while not done.wait(FLUSH_SECONDS):
-                for fd in fds:
-                    os.fdatasync(fd)
-        except OSError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=flush)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 @dataclass(frozen=True, slots=True)
