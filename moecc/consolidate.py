@@ -35,10 +35,8 @@ def run(
     Killed at any point and called again, it resumes. Raises MoeccError, leaving nothing behind.
     """
     check_output(out, force=force, replaceable=MANIFEST)
-    sources = find_sources(recipe, on_progress=on_progress)
-    # From the start: this also brings the weights into memory while transformers is loaded.
-    hashes = in_background(_content_hashes, sources)
-    opened = _open(recipe, sources)
+    opened = open_recipe(recipe, on_progress=on_progress)
+    hashes = in_background(_content_hashes, [v.checkpoint.source for v in opened.variants])
     try:
         planned = plan_recipe(opened, saved=saved_plan, device=device, on_progress=on_progress)
         Build(planned, hashes, device, on_progress).write(out, force)
@@ -52,22 +50,11 @@ def open_recipe(recipe: Recipe, *, weights: bool = True, on_progress: Progress =
 
     Raises SourceError.
     """
-    return _open(recipe, find_sources(recipe, weights=weights, on_progress=on_progress))
-
-
-def find_sources(
-    recipe: Recipe, *, weights: bool = True, on_progress: Progress = silent
-) -> list[Source]:
-    """Every variant's checkpoint, headers checked; downloaded from the Hub if `weights`."""
     sources: list[Source] = []
     for number, variant in enumerate(recipe.variants):
         on_progress("sources", number, len(recipe.variants))
         sources.append(resolve(variant.name, variant.source, recipe.folder, weights=weights))
     on_progress("sources", len(sources), len(sources))
-    return sources
-
-
-def _open(recipe: Recipe, sources: Sequence[Source]) -> Opened:
     architecture, variants = open_variants(sources)
     return Opened(recipe, architecture, tuple(variants))
 
