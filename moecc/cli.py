@@ -344,6 +344,10 @@ def main() -> NoReturn:
     """Runs the command line and exits with the code of docs/cli.md."""
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # Ctrl-C, which typer turns into a silent exit
+            _state.get("console", Console()).error("interrupted", None, INTERRUPTED)
+        raise
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
