@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,9 +50,11 @@ from moecc.manifest import (
     variant_file,
 )
 from moecc.merge import add_residual
-from moecc.tensorfile import HeaderError, TensorInfo, pread_full, read_header
+from moecc.tensorfile import HeaderError, TensorInfo, pread_into, read_header
 
 STREAM_BYTES = 8 << 20
+
+PoolReader = Callable[[int, memoryview], None]  # (first byte, memory to fill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,21 @@ class Artifact:
         except ValueError as error:
             raise DamagedArtifactError(f"`{self.path / file}`: tensor `{name}`: {error}") from None
 
+    def read_pool_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> PoolReader:
+        """Reads parts of one of `Pool.tensors` into memory of the caller's."""
+        info = self._info(self._bank_file(name), name, dtype, shape)
+        return lambda start, into: self._read_into(info, start, into)
+
+    def check_sizes(self) -> None:
+        """Raises DamagedArtifactError if a file is missing or not as large as it should be."""
+        for name in sorted(self.files):
+            problem = self._size_problem(self.path / name, int(self.files[name]["size"]))
+            if problem:
+                raise DamagedArtifactError(
+                    f"`{self.path / name}` {problem}",
+                    "copy the artifact again; `moecc inspect --verify` checks every file",
+                )
+
     def verify(self, on_file: Any = lambda name, size: None) -> list[str]:
         """Hashes every file; returns one line for each that is not what the manifest says."""
         problems = []
@@ -212,14 +229,22 @@ class Artifact:
     def _verify_file(self, name: str) -> str | None:
         path, known = self.path / name, self.files[name]
         try:
-            size = path.stat().st_size
-            if size != known["size"]:
-                return f"has {size} bytes, not {known['size']}"
+            problem = self._size_problem(path, int(known["size"]))
+            if problem:
+                return problem
             return None if sha256_file(path) == known["sha256"] else "is damaged: its hash differs"
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+
+    @staticmethod
+    def _size_problem(path: Path, size: int) -> str | None:
+        try:
+            found = path.stat().st_size
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
             return f"cannot be read: {error.strerror}"
+        return None if found == size else f"has {found} bytes, not {size}"
 
     def _slot(
         self, stored: StoredLayer, projection: Projection, pool: Pool, slot: int, span: range
@@ -294,10 +319,15 @@ class Artifact:
         return TensorInfo(name, info.dtype, info.shape, file, info.offset, info.nbytes)
 
     def _read(self, info: TensorInfo, start: int, nbytes: int) -> memoryview:
+        buffer = np.empty(nbytes, dtype=np.uint8).data
+        self._read_into(info, start, buffer)
+        return buffer
+
+    def _read_into(self, info: TensorInfo, start: int, into: memoryview) -> None:
         if info.file not in self._fds:
             self._fds[info.file] = os.open(self.path / info.file, os.O_RDONLY)
         try:
-            return pread_full(self._fds[info.file], nbytes, info.offset + start)
+            pread_into(self._fds[info.file], into, info.offset + start)
         except EOFError as error:
             raise DamagedArtifactError(f"`{self.path / info.file}` is damaged: {error}") from None
 

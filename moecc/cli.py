@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -27,6 +28,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class _Mode(str, Enum):
+    auto, mixed, resident, swap = "auto", "mixed", "resident", "swap"
+
+
+class _Policy(str, Enum):
+    fifo, grouped = "fifo", "grouped"
+
+
 OUTPUT = "Output"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[
@@ -38,6 +48,17 @@ NoColor = Annotated[
 ]
 ArtifactPath = Annotated[Path, typer.Argument(help="The folder `consolidate` wrote.")]
 VariantName = Annotated[str, typer.Option("--variant", help="Which variant.")]
+DEVICE, LIMITS, SERVER = "Device and memory", "Limits and order", "Server"
+Gpu = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu",
+        min=0,
+        help="Number of the GPU.  [default: 0 if there is one]",
+        rich_help_panel=DEVICE,
+    ),
+]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU.", rich_help_panel=DEVICE)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 
@@ -213,6 +234,8 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="How many tokens at most.")
     ] = 64,
+    gpu: Gpu = None,
+    cpu: Cpu = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -220,16 +243,193 @@ def generate(
 ) -> None:
     """Continue a prompt with one variant, greedily."""
     console = _console(as_json, quiet, verbose, no_color)
-    from moecc.artifact import Artifact
-    from moecc.generate import complete
+    from moecc.runtime.api import load
 
-    with Artifact(artifact) as opened:
-        opened.check_variant(variant)
-        text = complete(opened, variant, prompt, max_new_tokens)
+    with load(artifact, gpu=_gpu(gpu, cpu), note=console.note) as served:
+        text = served.generate(variant, prompt, max_tokens=max_new_tokens, temperature=0.0)[0].text
     if as_json:
         console.data({"variant": variant, "prompt": prompt, "text": text})
     else:
         console.text(text)
+
+
+@app.command(
+    epilog="Examples:  moecc serve artifact --gpu 0\n\n"
+    "moecc serve artifact --cpu --port 9000 --max-num-seqs 8",
+)
+def serve(
+    artifact: ArtifactPath,
+    gpu: Gpu = None,
+    cpu: Cpu = False,
+    mode: Annotated[
+        _Mode,
+        typer.Option(
+            "--mode",
+            help="Where weights outside the experts are: mixed batches of all variants, all "
+            "resident, or swapped in from the host.",
+            rich_help_panel=DEVICE,
+        ),
+    ] = _Mode.auto,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help="auto, bfloat16, float16 or float32.",
+            rich_help_panel=DEVICE,
+        ),
+    ] = "auto",
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache",
+            metavar="SIZE",
+            help="Memory for keys and values, as 8GiB.  [default: what is free]",
+            rich_help_panel=DEVICE,
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(
+            "--gpu-memory-utilization",
+            min=0.05,
+            max=1.0,
+            help="The part of the GPU's memory to use.",
+            rich_help_panel=DEVICE,
+        ),
+    ] = 0.9,
+    policy: Annotated[
+        _Policy,
+        typer.Option(
+            "--policy",
+            help="How variants take turns where a batch is of one variant.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = _Policy.grouped,
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(
+            "--max-num-seqs", min=1, help="Most requests at once.", rich_help_panel=LIMITS
+        ),
+    ] = 64,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            "--max-model-len",
+            min=1,
+            help="Most tokens of prompt and answer.  [default: the model's]",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    max_waiting: Annotated[
+        int,
+        typer.Option(
+            "--max-waiting", min=1, help="Most requests that wait.", rich_help_panel=LIMITS
+        ),
+    ] = 1024,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at.", rich_help_panel=SERVER)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port.", rich_help_panel=SERVER)
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="MOECC_API_KEY",
+            help="Key that clients must send.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    shutdown_timeout: Annotated[
+        float,
+        typer.Option(
+            "--shutdown-timeout",
+            min=0,
+            help="Seconds that running requests get to finish.",
+            rich_help_panel=SERVER,
+        ),
+    ] = 30.0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every file of the artifact first.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    no_color: NoColor = False,
+) -> None:
+    """Serve all variants of an artifact over an OpenAI-compatible API."""
+    console = _console(False, quiet, verbose, no_color)
+    from moecc.runtime.options import Options
+
+    options = Options(
+        gpu=_gpu(gpu, cpu),
+        mode=mode.value,
+        dtype=dtype,
+        policy=policy.value,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        max_waiting=max_waiting,
+        kv_cache_bytes=_size("--kv-cache", kv_cache),
+        gpu_memory_utilization=gpu_memory_utilization,
+        verify=verify,
+    )
+    _serve(console, artifact, options, host, port, api_key, shutdown_timeout)
+
+
+def _serve(
+    console: Console,
+    artifact: Path,
+    options: Any,
+    host: str,
+    port: int,
+    api_key: str | None,
+    shutdown_timeout: float,
+) -> None:
+    from moecc.runtime.opening import open_engine
+    from moecc.server.serve import serve as run
+
+    def load() -> Any:
+        with console.progress() as report:
+            engine = open_engine(artifact, options, on_progress=report, note=console.note)
+        stats = engine.stats()
+        where = "the CPU" if options.gpu is None else f"GPU {options.gpu}"
+        sizes = ", ".join(
+            f"{kind.replace('_', '-')} {format_size(n)}" for kind, n in stats.memory.items()
+        )
+        console.note(f"{', '.join(engine.variants)} on {where}, {stats.mode} mode: {sizes}")
+        return engine
+
+    from moecc.recipe import format_size
+
+    run(
+        load,
+        host=host,
+        port=port,
+        api_key=api_key,
+        shutdown_timeout=shutdown_timeout,
+        on_ready=lambda url: console.note(f"ready at {url} (API: {url}/v1)"),
+        warn=lambda text: console.note(f"warning: {text}"),
+    )
+
+
+def _gpu(gpu: int | None, cpu: bool) -> int | None:
+    """The GPU to use, None for the CPU."""
+    import torch
+
+    if cpu and gpu is not None:
+        raise typer.BadParameter("give `--gpu` or `--cpu`, not both")
+    if gpu is None and not cpu and torch.cuda.is_available():
+        return 0
+    return gpu
+
+
+def _size(option: str, text: str | None) -> int | None:
+    from moecc.recipe import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: {error}") from None
 
 
 def _console(as_json: bool, quiet: bool, verbose: bool, no_color: bool) -> Console:

@@ -40,3 +40,33 @@ class DamagedArtifactError(ArtifactError):
     """An artifact does not hold the bytes its manifest promises."""
 
     exit_code = 3
+
+
+class RequestError(MoeccError):
+    """A request asks for what cannot be; `param` names the field, `code` is OpenAI's, if any."""
+
+    def __init__(
+        self,
+        message: str,
+        hint: str | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, hint)
+        self.param = param
+        self.code = code
+
+
+class BusyError(MoeccError):
+    """The queue is full; `retry_after` seconds may help."""
+
+    retry_after = 1
+
+
+class StoppedError(MoeccError):
+    """The engine takes no more requests: it is stopping, or it has died."""
+
+
+class RuntimeUnfitError(MoeccError):
+    """The artifact cannot be served as asked: device, memory, mode or family."""

@@ -16,7 +16,17 @@ _ORDER = """
     errors strictyaml recipe tensorfile files hub sources checkpoint skeleton architecture
     compatibility variants parallel coding similarity plan bank merge nonexpert manifest artifact
     card staging writer
-    opened build consolidate export generate inspection report console cli
+    opened build consolidate export inspection report console
+
+    runtime.request runtime.options runtime.interface runtime.sequence runtime.scheduler
+    runtime.sampling runtime.text runtime.answer
+    runtime.step runtime.stacked runtime.experts runtime.attention runtime.devices
+    runtime.nonexpert runtime.loading runtime.residency runtime.paged runtime.static
+    runtime.engine runtime.opening runtime.api
+
+    server.failure server.fields server.protocol server.generation server.events server.vocabulary
+    server.answers server.auth server.metrics server.state server.app server.serve
+    cli
 """
 ORDER = _ORDER.split()
 
@@ -26,19 +36,20 @@ def imports(path: Path, names: set[str]) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            parts = [alias.name.split(".") for alias in node.names]
-            found |= {p[1] for p in parts if p[0] == "moecc" and len(p) > 1}
+            found |= {alias.name.removeprefix("moecc.") for alias in node.names} & names
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} has a relative import"
-            if node.module == "moecc":
-                found |= {alias.name for alias in node.names} & names
-            elif node.module and node.module.startswith("moecc."):
-                found.add(node.module.split(".")[1])
+            module = f"{node.module}."
+            found |= {
+                f"{module}{alias.name}".removeprefix("moecc.") for alias in node.names
+            } & names
+            found |= {module.removeprefix("moecc.").removesuffix(".")} & names
     return found
 
 
 def violations(package: Path) -> list[str]:
-    modules = {p.stem: p for p in package.glob("*.py") if not p.stem.startswith("__")}
+    paths = [p for p in package.rglob("*.py") if not p.stem.startswith("__")]
+    modules = {".".join(p.relative_to(package).with_suffix("").parts): p for p in paths}
     found = [f"{name} has no place in ORDER" for name in sorted(modules.keys() - set(ORDER))]
     found += [f"{name} is in ORDER but gone" for name in sorted(set(ORDER) - modules.keys())]
     rank = {name: i for i, name in enumerate(ORDER)}
@@ -60,11 +71,16 @@ def test_no_upward_import() -> None:
         ("files", "def f():\n    import moecc.sources"),
         ("errors", "from moecc import cli"),
         ("new", "from moecc.errors import MoeccError"),
+        ("runtime/step", "from moecc.runtime import engine"),
+        ("export", "import moecc.runtime.engine"),
+        ("runtime/engine", "from moecc.server.app import create_app"),
     ],
 )
 def test_upward_imports_are_found(name: str, text: str, tmp_path: Path) -> None:
-    for path in PACKAGE.glob("*.py"):
-        (tmp_path / path.name).write_text(path.read_text())
+    for path in PACKAGE.rglob("*.py"):
+        copy = tmp_path / path.relative_to(PACKAGE)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text())
     with (tmp_path / f"{name}.py").open("a") as file:
         file.write(f"\n{text}\n")
     assert len(violations(tmp_path)) == 1

@@ -1,0 +1,1 @@
+"""Serves the variants of one artifact: weights on a device, an engine that batches requests."""

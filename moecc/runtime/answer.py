@@ -1,0 +1,81 @@
+"""The answer to one request as it grows: what is delivered, and when it is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from moecc.runtime.request import Finish, FinishReason, Output, Timing, TokenLogprob
+from moecc.runtime.sampling import Choice
+from moecc.runtime.sequence import Sequence
+from moecc.runtime.text import TextStream
+
+Deliver = Callable[[Output], None]
+
+
+class Answer:
+    """One sequence and whoever waits for it.
+
+    `ends` are the model's own end tokens; `limit` is the most tokens that may be generated.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        choice: Choice,
+        deliver: Deliver,
+        tokenizer: Any,
+        ends: frozenset[int],
+        limit: int,
+    ) -> None:
+        sampling = sequence.request.sampling
+        self.sequence = sequence
+        self.choice = choice
+        self.cancelled = False
+        self._deliver = deliver
+        self._text = TextStream(tokenizer, sampling.stop) if tokenizer is not None else None
+        self._ends = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            self._ends |= ends
+        self.limit = limit
+        self._left = limit
+
+    def accept(self, token: int, logprob: TokenLogprob | None) -> bool:
+        """Takes the next token and delivers it; True if it was the last."""
+        sequence = self.sequence
+        sequence.tokens.append(token)
+        if sequence.first_token is None:
+            sequence.first_token = time.monotonic()
+        self.choice.observe(token)
+        self._left -= 1
+        text, stop = "", None
+        if token not in self._ends and self._text is not None:
+            text, stop = self._text.push([token])
+        logprobs = () if logprob is None else (logprob,)
+        if token in self._ends or stop is not None:
+            by = token if stop is None else stop
+            self.finish("stop", text=text, tokens=(token,), logprobs=logprobs, stopped_by=by)
+            return True
+        if not self._left:
+            self.finish("length", text=text, tokens=(token,), logprobs=logprobs)
+            return True
+        self._deliver(Output(text, (token,), logprobs))
+        return False
+
+    def finish(
+        self,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        stopped_by: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Delivers the last output."""
+        s = self.sequence
+        timing = Timing(s.arrived, s.started, s.first_token, time.monotonic())
+        if self._text is not None and not isinstance(stopped_by, str):
+            text += self._text.finish()
+        self._deliver(Output(text, tokens, logprobs, Finish(reason, timing, stopped_by, error)))

@@ -1,0 +1,273 @@
+"""Attention over a paged KV cache, under transformers' attention interface.
+
+Families call the function registered as NAME with the keys and values of the pass's own tokens,
+one token a batch row; it writes them to the cache and reads each sequence's past from there. No
+cache object and no mask goes through the modeling code. Latent attention (DeepSeek) is cached
+expanded. Plain torch: the reference for faster kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moecc.errors import RuntimeUnfitError
+from moecc.runtime import step
+
+NAME = "moecc"
+# Keys gathered at once for sequences that decode together.
+_DECODE_TOKENS = 1 << 16
+# Arguments that say nothing of the result here: positions are in the keys already.
+_INERT = frozenset(
+    [
+        "position_ids",
+        "cache_position",
+        "position_embeddings",
+        "use_cache",
+        "is_causal",
+        "is_training",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+    ]
+)
+_PAGED_LAYERS = {"full_attention", "sliding_attention", "attention"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Rows `start..stop` of a pass: tokens `context..` of a sequence in these cache blocks."""
+
+    start: int
+    stop: int
+    context: int
+    blocks: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence, those of the pass included."""
+        return self.context + self.stop - self.start
+
+
+class KVCache:
+    """Keys and values of all layers, `[blocks * block_size, heads, dim]` each.
+
+    A layer's memory is taken when it is first written, in the shapes it has there.
+    """
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        self.blocks = blocks
+        self.block_size = block_size
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in self._layers.values())
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, over the layers seen so far."""
+        return self.nbytes // self.blocks
+
+    def resized(self, blocks: int) -> KVCache:
+        """An empty cache of the same layers with other blocks, all of its memory taken."""
+        found = KVCache(blocks, self.block_size)
+        for layer, (keys, values) in self._layers.items():
+            found._layers[layer] = (found._pool(keys), found._pool(values))
+        return found
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keys and values `[rows, heads, dim]` of the tokens at `slots`, int64 [rows]."""
+        if layer not in self._layers:
+            self._layers[layer] = (self._pool(keys), self._pool(values))
+        for pool, new in zip(self._layers[layer], (keys, values), strict=True):
+            pool[slots] = new
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at `slots`, `[*slots, heads, dim]`."""
+        keys, values = self._layers[layer]
+        return keys[slots], values[slots]
+
+    def _pool(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.blocks * self.block_size, *like.shape[1:])
+
+
+class Plan:
+    """What every layer of a pass needs of its pieces, computed once."""
+
+    def __init__(self, pieces: Sequence[Piece], cache: KVCache, device: torch.device) -> None:
+        self.pieces = pieces
+        self.cache = cache
+        self.device = device
+        self.writes = torch.cat([self._slots(p)[p.context :] for p in pieces])
+        decoding = [p for p in pieces if p.stop - p.start == 1]
+        self.prefills = [p for p in pieces if p.stop - p.start > 1]
+        self.decodes = list(self._decode_groups(decoding))
+
+    def _slots(self, piece: Piece) -> Tensor:
+        """Where each token of a sequence is in the cache, int64 [length]."""
+        size = self.cache.block_size
+        blocks = torch.tensor(piece.blocks, device=self.device)
+        return (blocks[:, None] * size + torch.arange(size, device=self.device)).view(-1)[
+            : piece.length
+        ]
+
+    @cached_property
+    def prefill_slots(self) -> list[Tensor]:
+        return [self._slots(p) for p in self.prefills]
+
+    def _decode_groups(self, pieces: list[Piece]) -> Any:
+        """(rows [R], slots [R, longest], lengths [R, 1]) of sequences with one new token each."""
+        while pieces:
+            longest = max(p.length for p in pieces)
+            count = max(1, _DECODE_TOKENS // longest)
+            group, pieces = pieces[:count], pieces[count:]
+            longest = max(p.length for p in group)
+            # A padded position reads the sequence's first token, and is masked.
+            slots = torch.stack(
+                [
+                    F.pad(s, (0, longest - len(s)), value=int(p.blocks[0]) * self.cache.block_size)
+                    for p, s in ((p, self._slots(p)) for p in group)
+                ]
+            )
+            rows = torch.tensor([p.start for p in group], device=self.device)
+            lengths = torch.tensor([[p.length] for p in group], device=self.device)
+            yield rows, slots, lengths
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How scores become weights."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+def install() -> None:
+    """Makes our function known to transformers, for this process; harmless twice."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, paged_attention)
+
+
+def refusal(model: Any) -> str | None:
+    """Why this family's attention cannot be paged, or None if it can."""
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        return f"`{name}` has an encoder"
+    if getattr(model, "_is_stateful", False):
+        return f"`{name}` keeps a state besides keys and values"
+    if not model.is_backend_compatible() or not getattr(model, "_supports_flash_attn", False):
+        return f"the attention of `{name}` is its own"
+    others = set(getattr(config, "layer_types", None) or ()) - _PAGED_LAYERS
+    if others:
+        return f"`{name}` has layers of `{min(others)}`"
+    if any("indexer" in module for module, _ in model.named_modules()):
+        return f"`{name}` chooses what it attends to"
+    return None
+
+
+def paged_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each token over its own sequence.
+
+    `query` [rows, heads, 1, dim], `key` and `value` [rows, kv_heads, 1, dim]; `s_aux` are one
+    attention sink a head. Returns [rows, 1, heads, dim]. Raises RuntimeUnfitError for an argument
+    that would change the result in a way that is not known here.
+    """
+    unknown = [k for k, v in others.items() if k not in _INERT and v is not None]
+    if unknown or attention_mask is not None or query.shape[2] != 1:
+        what = f"argument `{unknown[0]}`" if unknown else "mask or layout"
+        raise RuntimeUnfitError(f"the attention of `{type(module).__name__}` has its own {what}")
+    running = step.current()
+    assert running is not None, "attention runs in a step"
+    plan: Plan = running.plan
+    form = _Form(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    q, layer = query[:, :, 0], int(module.layer_idx)
+    plan.cache.write(layer, plan.writes, key[:, :, 0], value[:, :, 0])
+    sinks = _sinks(s_aux, running.tokens)
+    out = q.new_empty(*q.shape[:2], value.shape[-1])
+    for piece, slots in zip(plan.prefills, plan.prefill_slots, strict=True):
+        rows = slice(piece.start, piece.stop)
+        keys, values = plan.cache.read(layer, slots)
+        positions = torch.arange(piece.context, piece.length, device=q.device)[:, None]
+        mask = _mask(positions, piece.length, form)
+        attended = _attend(
+            q[rows].transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            mask[None, None],
+            None if sinks is None else sinks[rows].t()[None, :, :, None],
+            form,
+        )
+        out[rows] = attended[0].transpose(0, 1)
+    for rows, slots, lengths in plan.decodes:
+        keys, values = plan.cache.read(layer, slots)
+        mask = _mask(lengths - 1, slots.shape[1], form)
+        attended = _attend(
+            q[rows][:, :, None],
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            mask[:, None, None],
+            None if sinks is None else sinks[rows][:, :, None, None],
+            form,
+        )
+        out[rows] = attended[:, :, 0]
+    return out.unsqueeze(1), None
+
+
+def _mask(positions: Tensor, length: int, form: _Form) -> Tensor:
+    """Which of `length` keys a query at each of `positions`, [n, 1], sees: bool [n, length]."""
+    keys = torch.arange(length, device=positions.device)
+    seen = keys <= positions
+    if form.window is not None:
+        seen &= keys > positions - form.window
+    return seen
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None, form: _Form
+) -> Tensor:
+    """q [B, heads, n, dim], k and v [B, kv_heads, m, dim], mask broadcast to [B, 1, n, m]."""
+    if sinks is None and form.softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=form.scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    scores = (q @ k.transpose(-1, -2)).float() * form.scaling
+    if form.softcap is not None:
+        scores = torch.tanh(scores / form.softcap) * form.softcap
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:  # a key that takes attention and gives nothing
+        scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : k.shape[2]]
+    return weights.to(v.dtype) @ v
+
+
+def _sinks(s_aux: Tensor | None, tokens: step.Rows) -> Tensor | None:
+    """Each row's own sinks, [rows, heads]."""
+    if s_aux is None:
+        return None
+    stack = getattr(s_aux, "stack", None)
+    return s_aux.expand(tokens.count, -1) if stack is None else stack[tokens.variants]

@@ -1,0 +1,396 @@
+"""The loop that turns requests into answers: one thread, one forward pass after the other."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moecc.errors import RequestError, StoppedError
+from moecc.runtime.answer import Answer, Deliver
+from moecc.runtime.interface import OnReconfigure
+from moecc.runtime.paged import PagedRunner, Part
+from moecc.runtime.request import FinishReason, Request, Stats, TokenLogprob
+from moecc.runtime.residency import Residency
+from moecc.runtime.sampling import Choice, LogitsError, check_tokens, choose
+from moecc.runtime.scheduler import Batch, Scheduler
+from moecc.runtime.sequence import Sequence
+from moecc.runtime.static import StaticRunner
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What the engine knows of a variant besides its weights.
+
+    `tokenizer` is None where the artifact has none; `ends` are the tokens that end its answers.
+    """
+
+    name: str
+    tokenizer: Any
+    ends: frozenset[int]
+    vocab: int
+    max_model_len: int
+
+
+class Engine:
+    """Answers requests of all variants; see `interface.EngineLike` for what callers rely on."""
+
+    def __init__(
+        self,
+        variants: Iterable[Variant],
+        *,
+        base: str,
+        artifact_hash: str,
+        runner: PagedRunner | StaticRunner,
+        residency: Residency,
+        scheduler: Scheduler,
+        policy: str,
+        memory: Callable[[], dict[str, int]],
+        close: Callable[[], None],
+        encodes: bool = False,
+    ) -> None:
+        """`encodes`: prompts go to an encoder, and answers have the length to themselves."""
+        self._variants = {v.name: v for v in variants}
+        self.variants = tuple(self._variants)
+        self.base = base
+        self.artifact_hash = artifact_hash
+        self._runner = runner
+        self._residency = residency
+        self._scheduler = scheduler
+        self._policy = policy
+        self._memory = memory
+        self._close = close
+        self._encodes = encodes
+        self._answers: dict[str, Answer] = {}
+        self._of: dict[Sequence, Answer] = {}
+        self._in_pass: frozenset[Sequence] = frozenset()
+        self._orders = itertools.count()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._deadline = float("inf")
+        self._died: str | None = None
+        self._listeners: list[OnReconfigure] = []
+        self._active = ""
+        self._batch: dict[str, int] = {}
+        self._steps = 0
+        self._prompt_tokens: Counter[str] = Counter()
+        self._generated: Counter[str] = Counter()
+        self._reconfigurations: Counter[tuple[str, str]] = Counter()
+        self._thread = threading.Thread(target=self._loop, name="moecc-engine", daemon=True)
+        self._thread.start()
+
+    # Called from any thread
+
+    def submit(self, request: Request, deliver: Deliver) -> None:
+        """Queues a request; its outputs go to `deliver`, on the engine's thread."""
+        variant, limit = self._checked(request)
+        sequence = Sequence(
+            request, self.variants.index(variant.name), next(self._orders), time.monotonic()
+        )
+        answer = Answer(
+            sequence,
+            Choice(request.sampling, request.prompt),
+            deliver,
+            variant.tokenizer if request.detokenize else None,
+            variant.ends,
+            limit,
+        )
+        with self._changed:
+            if self._died or self._stopping:
+                raise StoppedError(self._died or "the server is stopping", "try again later")
+            if request.id in self._answers:
+                raise RequestError(f"there is a request `{request.id}` already", param="id")
+            self._scheduler.add(sequence)
+            self._answers[request.id] = self._of[sequence] = answer
+            self._prompt_tokens[variant.name] += sequence.prompt_len
+            self._changed.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request with `abort` if it is still there."""
+        with self._changed:
+            answer = self._answers.get(request_id)
+            if answer is None:
+                return
+            if answer.sequence in self._in_pass:
+                answer.cancelled = True  # the pass that computes it ends first
+                return
+            self._forget(answer)
+        answer.finish("abort")
+
+    def max_model_len(self, variant: str) -> int:
+        return self._variant(variant).max_model_len
+
+    def tokenizer(self, variant: str) -> Any:
+        tokenizer = self._variant(variant).tokenizer
+        if tokenizer is None:
+            raise RequestError(
+                f"variant `{variant}` has no tokenizer", "send token ids", param="model"
+            )
+        return tokenizer
+
+    def on_reconfigure(self, listener: OnReconfigure) -> None:
+        self._listeners.append(listener)
+
+    def stats(self) -> Stats:
+        with self._changed:
+            scheduler = self._scheduler
+            continuous = isinstance(self._runner, PagedRunner)
+            return Stats(
+                mode=self._residency.mode,
+                policy=self._policy,
+                batching="continuous" if continuous else "static",
+                running=self._by_name(scheduler.running()),
+                waiting=self._by_name(scheduler.waiting()),
+                batch=dict(self._batch),
+                resident={
+                    name: self._residency.is_resident(v) for v, name in enumerate(self.variants)
+                },
+                kv_blocks_used=scheduler.pool.used if continuous else 0,
+                kv_blocks_total=scheduler.pool.total if continuous else 0,
+                memory=self._memory(),
+                prompt_tokens=self._by_name(self._prompt_tokens),
+                generation_tokens=self._by_name(self._generated),
+                reconfigurations=dict(self._reconfigurations),
+                steps=self._steps,
+                alive=self._died is None and self._thread.is_alive(),
+            )
+
+    def close(self, timeout: float = 0.0) -> None:
+        """Takes no more requests, lets the rest run for `timeout` seconds, aborts what is left."""
+        with self._changed:
+            self._stopping = True
+            self._deadline = min(self._deadline, time.monotonic() + timeout)
+            self._changed.notify()
+        self._thread.join()
+        with self._changed:
+            close, self._close = self._close, lambda: None
+        close()
+
+    # The engine's own thread
+
+    def _loop(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._expire()
+                with self._changed:
+                    batch = self._scheduler.next_batch()
+                    if batch is not None:
+                        self._in_pass = frozenset(p.sequence for p in batch.pieces)
+                        now = time.monotonic()
+                        for sequence in self._in_pass:
+                            sequence.started = sequence.started or now
+                if batch is not None:
+                    self._run(batch)
+        except Exception as error:
+            self._died = f"the engine has died: {type(error).__name__}: {error}"
+            self._end_all("error", self._died)
+            raise
+        self._end_all("abort")
+
+    def _wait_for_work(self) -> bool:
+        """Sleeps while there is nothing to do; False when it is time to stop."""
+        with self._changed:
+            while not self._answers and not self._stopping:
+                self._batch = {}
+                self._changed.wait()
+            over = not self._answers or time.monotonic() >= self._deadline
+            return not (self._stopping and over)
+
+    def _expire(self) -> None:
+        with self._changed:
+            late = [self._of[s] for s in self._scheduler.expired(time.monotonic())]
+            for answer in late:
+                self._forget(answer)
+        for answer in late:
+            answer.finish("timeout")
+
+    def _run(self, batch: Batch) -> None:
+        self._reconfigure(batch)
+        self._batch = self._by_name(Counter())
+        for piece in batch.pieces:
+            self._batch[self.variants[piece.sequence.variant]] += piece.count
+        try:
+            if isinstance(self._runner, PagedRunner):
+                self._run_pass(self._runner, batch)
+            else:
+                self._run_static(self._runner, batch)
+        except Exception as error:
+            if "CUDA error" in str(error):  # the device is lost
+                raise
+            self._fail(batch, f"{type(error).__name__}: {error}")
+        finally:
+            self._in_pass = frozenset()
+
+    def _reconfigure(self, batch: Batch) -> None:
+        """Activates the batch's variant, tells listeners of a change, and says what comes next."""
+        if self._residency.mode == "mixed":
+            return
+        first = batch.pieces[0].sequence.variant
+        name = self.variants[first]
+        if name != self._active:
+            begin = time.perf_counter()
+            self._residency.activate(first)
+            self._residency.wait()
+            seconds = time.perf_counter() - begin
+            self._reconfigurations[self._active, name] += 1
+            for listener in self._listeners:
+                listener(self._active, name, seconds)
+            self._active = name
+        upcoming = self._scheduler.upcoming()
+        if upcoming is not None:
+            self._residency.prefetch(upcoming)
+
+    def _run_pass(self, runner: PagedRunner, batch: Batch) -> None:
+        parts = [
+            Part(
+                p.sequence.variant,
+                p.sequence.tokens[p.start : p.start + p.count],
+                p.start,
+                p.sequence.blocks,
+                p.samples,
+            )
+            for p in batch.pieces
+        ]
+        logits = runner.run(parts)
+        self._steps += 1
+        sampled = [self._of[p.sequence] for p in batch.pieces if p.samples]
+        chosen = self._choose(logits, sampled) if sampled else []
+        with self._changed:
+            for piece in batch.pieces:
+                piece.sequence.computed += piece.count
+            self._in_pass = frozenset()
+        for answer, found in zip(sampled, chosen, strict=True):
+            self._accept(answer, found)
+        for piece in batch.pieces:
+            left = self._of.get(piece.sequence)
+            if left is not None and left.cancelled:
+                self._end(left, "abort")
+
+    def _run_static(self, runner: StaticRunner, batch: Batch) -> None:
+        answers = [self._of[p.sequence] for p in batch.pieces]
+
+        def next_(logits: Tensor, rows: list[int]) -> list[tuple[int, bool] | None]:
+            self._steps += 1
+            live = [answers[row] for row in rows]
+            found: list[tuple[int, bool] | None] = []
+            for answer, chosen in zip(live, self._choose(logits, live), strict=True):
+                if answer.cancelled or self._late(answer):
+                    self._end(answer, "abort" if answer.cancelled else "timeout")
+                    found.append(None)
+                    continue
+                ended = self._accept(answer, chosen)
+                found.append(None if isinstance(chosen, Exception) else (chosen[0], ended))
+            return found
+
+        limit = max(a.limit for a in answers)
+        runner.run(answers[0].sequence.variant, [a.sequence.tokens for a in answers], limit, next_)
+
+    def _late(self, answer: Answer) -> bool:
+        now = time.monotonic()
+        deadline = answer.sequence.deadline
+        return now >= self._deadline or (deadline is not None and now >= deadline)
+
+    def _accept(self, answer: Answer, found: tuple[int, TokenLogprob | None] | Exception) -> bool:
+        """Gives an answer its next token; True if that ended it."""
+        if isinstance(found, Exception):
+            self._end(answer, "error", str(found))
+            return True
+        self._generated[answer.sequence.request.variant] += 1
+        ended = answer.accept(*found)
+        if ended:
+            with self._changed:
+                self._forget(answer)
+        return ended
+
+    def _choose(
+        self, logits: Tensor, answers: list[Answer]
+    ) -> list[tuple[int, TokenLogprob | None] | Exception]:
+        """Every row's token; an error for those whose logits are no numbers."""
+        good = list(range(len(answers)))
+        found: list[tuple[int, TokenLogprob | None] | Exception] = []
+        found = [RuntimeError("the model's logits are not finite")] * len(answers)
+        while good:
+            try:
+                chosen = choose(logits[good], [answers[row].choice for row in good])
+            except LogitsError as error:
+                good = [row for i, row in enumerate(good) if i not in error.rows]
+                continue
+            for row, result in zip(good, chosen, strict=True):
+                found[row] = result
+            break
+        return found
+
+    def _fail(self, batch: Batch, error: str) -> None:
+        for piece in batch.pieces:
+            answer = self._of.get(piece.sequence)
+            if answer is not None:
+                self._end(answer, "error", error)
+
+    def _end(self, answer: Answer, reason: FinishReason, error: str | None = None) -> None:
+        with self._changed:
+            self._forget(answer)
+        answer.finish(reason, error=error)
+
+    def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
+        with self._changed:
+            self._stopping = True
+            left = list(self._answers.values())
+            for answer in left:
+                self._forget(answer)
+            self._batch = {}
+        for answer in left:
+            answer.finish(reason, error=error)
+
+    def _forget(self, answer: Answer) -> None:
+        self._scheduler.remove(answer.sequence)
+        del self._answers[answer.sequence.request.id]
+        del self._of[answer.sequence]
+
+    # Checks and names
+
+    def _checked(self, request: Request) -> tuple[Variant, int]:
+        """The variant, and how many tokens may be generated; RequestError if it cannot run."""
+        variant = self._variant(request.variant)
+        sampling, length = request.sampling, len(request.prompt)
+        if not length:
+            raise RequestError("the prompt has no tokens", param="prompt")
+        if not all(0 <= token < variant.vocab for token in request.prompt):
+            raise RequestError(
+                f"the prompt has a token outside the vocabulary of {variant.vocab}", param="prompt"
+            )
+        check_tokens(sampling, variant.vocab)
+        if sampling.stop and (variant.tokenizer is None or not request.detokenize):
+            raise RequestError("`stop` needs a tokenizer; use `stop_token_ids`", param="stop")
+        room = variant.max_model_len - (0 if self._encodes else length)
+        wanted = room if sampling.max_tokens is None else sampling.max_tokens
+        if length > variant.max_model_len or room < 1 or wanted > room:
+            raise RequestError(
+                f"`{variant.name}` takes at most {variant.max_model_len} tokens of prompt and "
+                f"answer; the prompt has {length}"
+                + (f" and `max_tokens` is {wanted}" if 1 <= room < wanted else ""),
+                "shorten the prompt or lower `max_tokens`",
+                param="max_tokens" if 1 <= room < wanted else "prompt",
+                code="context_length_exceeded",
+            )
+        return variant, wanted
+
+    def _variant(self, name: str) -> Variant:
+        if name not in self._variants:
+            raise RequestError(
+                f"there is no model `{name}`; there are {', '.join(self.variants)}",
+                param="model",
+                code="model_not_found",
+            )
+        return self._variants[name]
+
+    def _by_name(self, counts: Mapping[Any, int]) -> dict[str, int]:
+        """By the variants' names, every one a key; `counts` is by name or by index."""
+        return {
+            name: counts.get(name, 0) or counts.get(v, 0) for v, name in enumerate(self.variants)
+        }

@@ -1,0 +1,209 @@
+"""The experts of one layer, served from the bank: packed slots are decoded where they are used.
+
+transformers looks its experts function up by name on every call (its `ExpertsInterface`); `install`
+registers ours. The router gives logical experts; a per-variant remap turns them into *physical*
+ones, each a combination of slots, and every physical expert is applied once to all its tokens, of
+whatever variant. Plain torch: the reference for faster kernels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moecc.bank import CENTER_POOL, CENTER_SLOT, NONE, RESIDUAL_POOL, RESIDUAL_SLOT
+from moecc.coding import Coded, Coding, decode
+from moecc.merge import add_residual
+from moecc.runtime import step
+
+NAME = "moecc"
+REMAP = "moecc_remap"  # name of the module's buffer: logical -> physical expert
+# Weights decoded at once: large ones go one by one, small ones share the cost of each call.
+DECODED_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlotPool:
+    """The slots of a pool on the device: planes and scales, or one tensor of plain weights.
+
+    Plain: `[slots, out, in]` (a bias `[slots, out]`). Packed: planes `[slots, out, bytes]` and
+    scales `[slots, out, groups]`, as docs/format.md has them.
+    """
+
+    tensors: tuple[Tensor, ...]
+    coding: Coding | None
+
+    def values(self, slots: Sequence[int], matrix: tuple[int, int]) -> list[Tensor]:
+        """The matrices of some slots: float32 where packed, else as they are stored."""
+        if self.coding is None:
+            return [self.tensors[0][slot] for slot in slots]
+        index = torch.tensor(slots, device=self.tensors[0].device)
+        *planes, scales = (t[index].flatten(0, 1) for t in self.tensors)
+        rows = decode(Coded(tuple(planes), scales), self.coding, matrix[1])
+        return list(rows.view(len(slots), *matrix).unbind())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProjectionSlots:
+    """One projection: its `[out, in]`, its pools, and per physical expert a row of the remap."""
+
+    matrix: tuple[int, int]
+    pools: tuple[SlotPool, ...]
+    physical: Sequence[Sequence[int]]
+
+    def weights(self, experts: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weights of some physical experts, a few decoded at a time."""
+        at_once = max(1, DECODED_AT_ONCE // (self.matrix[0] * self.matrix[1]))
+        for first in range(0, len(experts), at_once):
+            entries = [self.physical[e] for e in experts[first : first + at_once]]
+            centers = self._values({(e[CENTER_POOL], e[CENTER_SLOT]) for e in entries})
+            residuals = self._values(
+                {(e[RESIDUAL_POOL], e[RESIDUAL_SLOT]) for e in entries if e[RESIDUAL_POOL] != NONE}
+            )
+            for entry in entries:
+                center = centers[entry[CENTER_POOL], entry[CENTER_SLOT]]
+                if entry[RESIDUAL_POOL] != NONE:
+                    residual = residuals[entry[RESIDUAL_POOL], entry[RESIDUAL_SLOT]]
+                    yield add_residual(center.float(), residual).to(dtype)
+                elif self.pools[entry[CENTER_POOL]].coding is not None:
+                    yield center.bfloat16().to(dtype)
+                else:
+                    yield center.to(dtype)
+
+    def _values(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+        found: dict[tuple[int, int], Tensor] = {}
+        for pool, group in itertools.groupby(sorted(wanted), key=lambda key: key[0]):
+            slots = [slot for _, slot in group]
+            values = self.pools[pool].values(slots, self.matrix)
+            found.update({(pool, s): v for s, v in zip(slots, values, strict=True)})
+        return found
+
+
+class LayerExperts:
+    """A layer's part of the bank.
+
+    Attributes:
+        projections: name -> slots, under the names of the module's parameters.
+        remap: int32 [variants, experts], logical -> physical expert.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        matrices: Sequence[tuple[int, int]],
+        pools: Sequence[tuple[SlotPool, ...]],
+        table: npt.NDArray[np.int32],
+    ) -> None:
+        """`table` is the artifact's remap, int32 `[variants, experts, projections, 4]`."""
+        variants, experts = table.shape[:2]
+        # Sorted by slots: experts that share a center are neighbors, and are decoded together.
+        rows, inverse = np.unique(
+            table.reshape(variants * experts, -1), axis=0, return_inverse=True
+        )
+        physical = rows.reshape(len(rows), len(names), 4).tolist()
+        self.remap = torch.from_numpy(inverse.reshape(variants, experts).astype(np.int32))
+        self.projections = {
+            name: ProjectionSlots(matrices[p], pools[p], [e[p] for e in physical])
+            for p, name in enumerate(names)
+        }
+
+    @property
+    def nbytes(self) -> int:
+        pools = [pool for p in self.projections.values() for pool in p.pools]
+        return sum(t.nbytes for pool in pools for t in pool.tensors)
+
+
+def install() -> None:
+    """Makes our function known to transformers, for this process; harmless twice."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, fused_experts)
+
+
+def fused_experts(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Experts of any class behind transformers' experts interface: `[T, H]` in and out.
+
+    `top_k_index` int64 and `top_k_weights`, both `[T, k]`, are the router's. Computes what
+    transformers' `grouped_mm` does, in its order of operations.
+    """
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    runs = _Runs(_physical(module, top_k_index))
+    rows = hidden_states[runs.order // top_k_index.shape[1]]
+    with step.own_order():
+        inner = runs.project(module.moecc, first, rows)
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        out = runs.project(module.moecc, "down_proj", inner)
+        if getattr(module, "has_post_expert_norm", False):
+            out = module.post_expert_norm(out)
+    out = out * top_k_weights.reshape(-1)[runs.order].unsqueeze(-1)
+    restored = torch.empty_like(out)
+    restored[runs.order] = out
+    summed = restored.view(*top_k_index.shape, -1).sum(dim=1)
+    return summed.to(hidden_states.dtype)
+
+
+def switch_experts(
+    module: Any, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
+) -> Tensor:
+    """As `fused_experts` for Switch Transformers: `selected_experts` is one-hot, `[T, 1, E]`.
+
+    A token beyond its expert's capacity has no expert selected and comes out as zero.
+    """
+    chosen = selected_experts.view(-1, selected_experts.shape[-1])
+    kept = chosen.any(dim=-1).nonzero().squeeze(-1)
+    runs = _Runs(_physical(module, chosen[kept].argmax(dim=-1, keepdim=True)))
+    rows = kept[runs.order]
+    inner = module.moecc_activation(runs.project(module.moecc, "wi", hidden_states[rows]))
+    out = runs.project(module.moecc, "wo", inner) * routing_weights.view(-1, 1)[rows]
+    result = torch.zeros_like(hidden_states)
+    result[rows] = out.to(hidden_states.dtype)
+    return result
+
+
+class _Runs:
+    """Rows sorted by physical expert, and where each expert's begin and end."""
+
+    def __init__(self, physical: Tensor) -> None:
+        flat = physical.reshape(-1)
+        self.order = flat.argsort(stable=True)
+        ids, counts = torch.unique_consecutive(flat[self.order], return_counts=True)
+        self.experts: list[int] = ids.tolist()
+        self.stops: list[int] = counts.cumsum(0).tolist()
+
+    def project(self, layer: LayerExperts, name: str, rows: Tensor) -> Tensor:
+        """`[n, in]` sorted rows through a projection, `[n, out]` of the same dtype."""
+        slots = layer.projections[name]
+        out = rows.new_empty(rows.shape[0], slots.matrix[0])
+        start = 0
+        weights = slots.weights(self.experts, rows.dtype)
+        for weight, stop in zip(weights, self.stops, strict=True):
+            torch.mm(rows[start:stop], weight.t(), out=out[start:stop])
+            start = stop
+        bias = layer.projections.get(f"{name}_bias")
+        if bias is not None:
+            start = 0
+            for values, stop in zip(
+                bias.weights(self.experts, rows.dtype), self.stops, strict=True
+            ):
+                out[start:stop] += values
+                start = stop
+        return out
+
+
+def _physical(module: Any, logical: Tensor) -> Tensor:
+    """Physical experts of `[T, k]` logical ones: this variant's, or each row's own."""
+    remap: Tensor = getattr(module, REMAP)
+    rows = step.current()
+    if remap.dim() == 1:
+        return remap[logical]
+    assert rows is not None, "a batch of several variants runs in a step"
+    return remap[rows.tokens.variants.unsqueeze(1), logical]

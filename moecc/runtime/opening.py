@@ -1,0 +1,301 @@
+"""From an artifact's folder and options to a running engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moecc.artifact import Artifact
+from moecc.errors import DamagedArtifactError, RuntimeUnfitError
+from moecc.manifest import variant_file, variant_folder
+from moecc.runtime import attention, devices, loading
+from moecc.runtime.attention import KVCache
+from moecc.runtime.engine import Engine, Variant
+from moecc.runtime.experts import LayerExperts
+from moecc.runtime.loading import Progress, Skeletons
+from moecc.runtime.options import Options
+from moecc.runtime.paged import PagedRunner, Part
+from moecc.runtime.residency import SWAP_ROWS, Mixed, Residency, Resident, Swap
+from moecc.runtime.scheduler import Scheduler
+from moecc.runtime.static import StaticRunner
+
+BLOCK_TOKENS = 16
+# How long another variant waits for its turn, in seconds, by what a turn costs.
+PATIENCE = {"resident": 0.05, "swap": 0.5, "mixed": 0.0}
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_DEFAULT_LENGTH = 4096
+# Their frequencies change with the length of the longest sequence of a batch.
+_SCALED_BY_LENGTH = {"longrope", "dynamic"}
+_PROBE_TOKENS = 4
+_UNBOUNDED = 1 << 40
+
+Note = Callable[[str], None]
+
+
+def open_engine(
+    path: Path,
+    options: Options,
+    *,
+    on_progress: Progress = lambda stage, done, total: None,
+    note: Note = lambda text: None,
+) -> Engine:
+    """Loads an artifact and starts its engine; `note` gets what a user should know.
+
+    Raises ArtifactError or DamagedArtifactError for a folder that cannot be served, and
+    RuntimeUnfitError for one that cannot be served as asked.
+    """
+    artifact = Artifact(path)
+    try:
+        artifact.check_sizes()
+        if options.verify:
+            _verify(artifact, on_progress)
+        device = devices.resolve(options.gpu)
+        return _Opening(artifact, options, device, on_progress, note).engine()
+    finally:
+        artifact.close()
+
+
+def _verify(artifact: Artifact, on_progress: Progress) -> None:
+    total, done = sum(int(f["size"]) for f in artifact.files.values()), 0
+
+    def on_file(name: str, size: int) -> None:
+        nonlocal done
+        done += size
+        on_progress("verify", done, total)
+
+    problems = artifact.verify(on_file)
+    if problems:
+        raise DamagedArtifactError(f"`{artifact.path}`: {problems[0]}", "copy the artifact again")
+
+
+@dataclass(eq=False)
+class _Opening:
+    """One artifact on its way to an engine."""
+
+    artifact: Artifact
+    options: Options
+    device: torch.device
+    on_progress: Progress
+    note: Note
+
+    def engine(self) -> Engine:
+        skeletons = loading.skeletons(self.artifact, self.options.dtype)
+        refusal = attention.refusal(skeletons.models[0])
+        mode = self._mode(skeletons, refusal)
+        layers = loading.load_experts(skeletons, self.device, self.on_progress)
+        rows = self._rows(skeletons, layers, mode)
+        residency = self._residency(skeletons, rows, mode)
+        cache = KVCache(1, BLOCK_TOKENS)
+        runner: PagedRunner | StaticRunner
+        if refusal is None:
+            residency, probed, refusal = self._probed(skeletons, rows, residency)
+        if refusal is None:
+            variants = self._variants(skeletons)
+            cache, variants = self._cache(probed, variants)
+            runner = PagedRunner(residency, cache, self.device)
+            blocks = cache.blocks
+        else:
+            self.note(f"{refusal}: served in static batches")
+            skeletons.use_own_attention()
+            variants = self._variants(skeletons)
+            runner = StaticRunner(residency, self.device)
+            blocks = self.options.max_num_seqs  # one each: the model keeps its own state
+        options = self.options
+        static = isinstance(runner, StaticRunner)
+        scheduler = Scheduler(
+            options.policy,
+            residency.mode == "mixed",
+            options.max_num_seqs,
+            _UNBOUNDED if static else max(options.max_batch_tokens, options.max_num_seqs),
+            _UNBOUNDED if static else BLOCK_TOKENS,
+            blocks,
+            options.max_waiting,
+            PATIENCE[residency.mode],
+        )
+        experts = sum(layer.nbytes for layer in layers)
+        memory = {"experts": experts, "non_expert": residency.nbytes, "kv": cache.nbytes}
+        pinned = rows if residency.mode == "swap" else None
+        return Engine(
+            variants,
+            base=self.artifact.base,
+            artifact_hash=str(self.artifact.manifest["manifest_sha256"]),
+            runner=runner,
+            residency=residency,
+            scheduler=scheduler,
+            policy=options.policy,
+            memory=lambda: memory,
+            close=lambda: devices.unpin(pinned) if pinned is not None else None,
+            encodes=bool(skeletons.models[0].config.is_encoder_decoder),
+        )
+
+    def _mode(self, skeletons: Skeletons, refusal: str | None) -> str:
+        """Where the rows go, by what was asked, what the family can and what memory there is."""
+        asked = self.options.mode
+        row, variants = skeletons.layout.nbytes, len(self.artifact.variants)
+        free = devices.free_bytes(self.device)
+        needs = {
+            "mixed": skeletons.expert_bytes + variants * row,
+            "resident": skeletons.expert_bytes + variants * row,
+            "swap": skeletons.expert_bytes + SWAP_ROWS * row,
+        }
+        if self.device.type == "cpu":
+            needs["swap"] += variants * row  # the same memory
+        if asked == "mixed" and refusal is not None:
+            self.note(f"{refusal}: mixed batches are not possible, `resident` or `swap` is used")
+        order = ["mixed", "resident", "swap"] if asked in ("auto", "mixed") else [asked]
+        if refusal is not None and "mixed" in order:
+            order.remove("mixed")
+        if asked == "mixed" and refusal is None:
+            order = ["mixed"]
+        for mode in order:
+            if needs[mode] <= free:
+                return mode
+        least = min(needs[mode] for mode in order)
+        raise RuntimeUnfitError(
+            f"not enough memory on `{self.device}`: the artifact needs {_gib(least)} "
+            f"(experts {_gib(skeletons.expert_bytes)}), {_gib(free)} are free",
+            "consolidate with a smaller `budget`, use `--mode swap`, or free memory",
+        )
+
+    def _rows(
+        self, skeletons: Skeletons, layers: tuple[LayerExperts, ...], mode: str
+    ) -> torch.Tensor:
+        count, nbytes = len(self.artifact.variants), skeletons.layout.nbytes
+        if mode == "swap":
+            rows = devices.pinned(count, nbytes, self.device)
+        else:
+            rows = torch.empty(count, nbytes, dtype=torch.uint8, device=self.device)
+        loading.load_rows(skeletons, layers, rows, self.on_progress)
+        return rows
+
+    def _residency(self, skeletons: Skeletons, rows: torch.Tensor, mode: str) -> Residency:
+        if mode == "swap":
+            return Swap(skeletons, rows, self.device)
+        return Mixed(skeletons, rows) if mode == "mixed" else Resident(skeletons, rows)
+
+    def _probed(
+        self, skeletons: Skeletons, rows: torch.Tensor, residency: Residency
+    ) -> tuple[Residency, KVCache, str | None]:
+        """Runs a few tokens: a family that cannot mix, or page, says so here and not later."""
+        variants = range(len(self.artifact.variants)) if residency.mode == "mixed" else [0]
+        cache = KVCache(len(variants), BLOCK_TOKENS)
+        runner = PagedRunner(residency, cache, self.device)
+        tokens = list(range(_PROBE_TOKENS))
+        try:
+            for start, stop in ((0, _PROBE_TOKENS - 1), (_PROBE_TOKENS - 1, _PROBE_TOKENS)):
+                runner.run([Part(v, tokens[start:stop], start, [v], True) for v in variants])
+            return residency, cache, None
+        except RuntimeUnfitError as error:
+            if residency.mode == "mixed":
+                self.note(f"{error.message}: batches of one variant are used")
+                return self._probed(skeletons, rows, Resident(skeletons, rows))
+            return residency, cache, error.message
+
+    def _cache(self, probed: KVCache, variants: list[Variant]) -> tuple[KVCache, list[Variant]]:
+        """The cache as large as allowed, and the lengths that fit in it."""
+        options = self.options
+        longest = max(v.max_model_len for v in variants)
+        useful = options.max_num_seqs * -(-longest // BLOCK_TOKENS)
+        allowed = self._cache_bytes() // max(1, probed.block_bytes)
+        blocks = min(useful, allowed)
+        if blocks < 1 or (options.max_model_len and blocks * BLOCK_TOKENS < longest):
+            raise RuntimeUnfitError(
+                f"not enough memory for keys and values: a request of {longest} tokens needs "
+                f"{_gib(-(-longest // BLOCK_TOKENS) * probed.block_bytes)}, "
+                f"{_gib(self._cache_bytes())} are to be had",
+                "lower `--max-model-len`, or use `--mode swap`",
+            )
+        if blocks * BLOCK_TOKENS < longest:
+            longest = blocks * BLOCK_TOKENS
+            self.note(f"memory for keys and values limits requests to {longest} tokens")
+        shorter = [
+            Variant(v.name, v.tokenizer, v.ends, v.vocab, min(v.max_model_len, longest))
+            for v in variants
+        ]
+        return probed.resized(blocks), shorter
+
+    def _cache_bytes(self) -> int:
+        """What keys and values may take."""
+        if self.options.kv_cache_bytes is not None:
+            return self.options.kv_cache_bytes
+        free = devices.free_bytes(self.device)
+        if self.device.type == "cpu":
+            return free // 4
+        _, total = torch.cuda.mem_get_info(self.device)
+        return max(0, free - int((1 - self.options.gpu_memory_utilization) * total))
+
+    def _variants(self, skeletons: Skeletons) -> list[Variant]:
+        tokenizers: dict[tuple[Any, ...], Any] = {}
+        found = []
+        for name, model in zip(self.artifact.variants, skeletons.models, strict=True):
+            config = model.config.get_text_config()
+            found.append(
+                Variant(
+                    name,
+                    _tokenizer(self.artifact, name, tokenizers),
+                    _ends(self.artifact, name, config),
+                    int(config.vocab_size),
+                    self._max_model_len(name, config),
+                )
+            )
+        return found
+
+    def _max_model_len(self, name: str, config: Any) -> int:
+        asked = self.options.max_model_len
+        longest = next((n for k in _LENGTH_KEYS if (n := getattr(config, k, None))), None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in _SCALED_BY_LENGTH:
+            longest = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", longest
+            )
+        if asked is None:
+            return int(longest or _DEFAULT_LENGTH)
+        if longest is not None and asked > longest:
+            raise RuntimeUnfitError(
+                f"`--max-model-len {asked}` is more than the {longest} tokens of variant `{name}`",
+                f"give at most {longest}",
+            )
+        return asked
+
+
+def _tokenizer(artifact: Artifact, variant: str, known: dict[tuple[Any, ...], Any]) -> Any:
+    """A variant's tokenizer, shared by all whose files are the same; None if it has none."""
+    from transformers import AutoTokenizer
+
+    prefix = variant_folder(variant) + "/"
+    files = tuple(
+        (name.removeprefix(prefix), entry["sha256"])
+        for name, entry in sorted(artifact.files.items())
+        if name.startswith(prefix) and not name.endswith((".safetensors", "tensors.json"))
+    )
+    if files not in known:
+        try:
+            known[files] = AutoTokenizer.from_pretrained(
+                artifact.path / variant_folder(variant), trust_remote_code=False
+            )
+        except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError):
+            known[files] = None
+    return known[files]
+
+
+def _ends(artifact: Artifact, variant: str, config: Any) -> frozenset[int]:
+    """The tokens that end an answer: the generation config's, else the config's."""
+    ends: Any = None
+    path = artifact.path / variant_file(variant, "generation_config.json")
+    if path.is_file():
+        try:
+            ends = json.loads(path.read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise DamagedArtifactError(f"`{path}` is damaged: {error}") from None
+    if ends is None:
+        ends = config.eos_token_id
+    return frozenset(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.2f} GiB"
