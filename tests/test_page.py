@@ -98,18 +98,18 @@ class Tab:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda message: self.complaints.append(message.text))
 
-    def field(self, label: str) -> Locator:
+    def control(self, label: str) -> Locator:
         return self.page.get_by_label(label, exact=True)
 
     def button(self, name: str) -> Locator:
         return self.page.get_by_role("button", name=name, exact=True)
 
     def pick(self, variant: str, label: str = "Variant") -> None:
-        self.field(label).select_option(variant)
+        self.control(label).select_option(variant)
 
     def send(self, prompt: str) -> None:
-        self.field("Prompt").fill(prompt)
-        self.field("Prompt").press("Enter")
+        self.control("Prompt").fill(prompt)
+        self.control("Prompt").press("Enter")
 
     def card(self, variant: str) -> Locator:
         """The newest answer of a variant."""
@@ -178,7 +178,7 @@ def port(engine: Pausing) -> Iterator[int]:
 @pytest.fixture
 def tab(open_tab: Open, port: int) -> Tab:
     tab = open_tab(port)
-    expect(tab.field("Variant").locator("option")).to_have_text(list(VARIANTS))
+    expect(tab.control("Variant").locator("option")).to_have_text(list(VARIANTS))
     return tab
 
 
@@ -220,7 +220,7 @@ def test_a_conversation_goes_on_until_cleared(tab: Tab) -> None:
 
 
 def test_side_by_side(tab: Tab) -> None:
-    tab.field("Side by side").check()
+    tab.control("Side by side").check()
     tab.pick("math")
     tab.pick("chat", "Second variant")
     tab.send("Which?")
@@ -240,9 +240,9 @@ def test_side_by_side(tab: Tab) -> None:
 
 
 def test_settings_are_sent(tab: Tab, engine: Pausing) -> None:
-    tab.field("Temperature").fill("0.25")
-    tab.field("Max tokens").fill("4")
-    tab.field("Seed").fill("11")
+    tab.control("Temperature").fill("0.25")
+    tab.control("Max tokens").fill("4")
+    tab.control("Seed").fill("11")
     tab.send("Hi")
     tab.expect_answer("base", chat_answer("base", "Hi", seed=11, size=4))
     expect(tab.card("base").locator(".stats")).to_contain_text("4 tokens")
@@ -250,7 +250,7 @@ def test_settings_are_sent(tab: Tab, engine: Pausing) -> None:
     sampling = engine.submitted[-1].sampling
     assert (sampling.temperature, sampling.max_tokens, sampling.seed) == (0.25, 4, 11)
     for label in ("Temperature", "Max tokens", "Seed"):
-        tab.field(label).fill("")
+        tab.control(label).fill("")
     tab.button("Clear").click()
     tab.send("Hi")
     tab.expect_answer("base", chat_answer("base", "Hi"))
@@ -259,15 +259,15 @@ def test_settings_are_sent(tab: Tab, engine: Pausing) -> None:
 
 
 def test_a_wrong_setting_is_not_sent(tab: Tab, engine: Pausing) -> None:
-    tab.field("Max tokens").fill("0")
+    tab.control("Max tokens").fill("0")
     tab.send("Hi")
-    expect(tab.field("Max tokens")).to_be_focused()
-    expect(tab.field("Prompt")).to_have_value("Hi")
+    expect(tab.control("Max tokens")).to_be_focused()
+    expect(tab.control("Prompt")).to_have_value("Hi")
     assert engine.submitted == []
 
 
 def test_keyboard(tab: Tab) -> None:
-    prompt = tab.field("Prompt")
+    prompt = tab.control("Prompt")
     expect(prompt).to_be_focused()
     prompt.press("Enter")  # nothing to send
     tab.page.keyboard.type("a")
@@ -298,7 +298,7 @@ def test_stop(tab: Tab, engine: Pausing, way: str) -> None:
 
 
 def test_plain_completion(tab: Tab) -> None:
-    tab.field("Completion").check()
+    tab.control("Completion").check()
     tab.send("Once upon")
     tab.expect_answer("base", answer("base", "Once upon"))
     expect(tab.card("base").locator("header")).to_contain_text("completion")
@@ -359,7 +359,7 @@ def test_the_strip(tab: Tab, engine: Pausing) -> None:
     expect(variants).to_have_text([f"{name} 0 (not loaded)" for name in VARIANTS])
     kinds = tab.page.locator("#kinds li")
     expect(kinds).to_have_text(["experts 1.0 KiB", "non-expert 0.2 KiB", "KV 0.0 KiB"])
-    tab.field("Side by side").check()
+    tab.control("Side by side").check()
     tab.pick("chat", "Second variant")
     engine.pausing = True
     engine.open.clear()
@@ -401,21 +401,21 @@ def test_the_strip_comes_back_with_the_server(open_tab: Open) -> None:
     with served(FakeEngine(("one", "two")), port=port):
         expect(tab.page.locator("#connection")).to_have_text("live")
         expect(tab.page.locator("#variants li")).to_have_count(2)
-        expect(tab.field("Variant").locator("option")).to_have_text(["one", "two"])
+        expect(tab.control("Variant").locator("option")).to_have_text(["one", "two"])
 
 
 def test_api_key(open_tab: Open) -> None:
     with served(FakeEngine(VARIANTS), api_key=KEY) as port:
         tab = open_tab(port, complaints=(f"{HTTP_ERROR} 401",))
-        expect(tab.field("API key")).to_be_visible()
+        expect(tab.control("API key")).to_be_visible()
         expect(tab.page.locator("#connection")).to_have_text("needs an API key")
-        tab.field("API key").fill("wrong")
-        tab.field("API key").press("Enter")
+        tab.control("API key").fill("wrong")
+        tab.control("API key").press("Enter")
         expect(tab.page.get_by_text("The server did not accept this key.")).to_be_visible()
-        tab.field("API key").fill(KEY)
+        tab.control("API key").fill(KEY)
         tab.button("Use key").click()
         expect(tab.page.locator("#connection")).to_have_text("live")
-        expect(tab.field("API key")).to_be_hidden()
+        expect(tab.control("API key")).to_be_hidden()
         tab.send("Hi")
         tab.expect_answer("base", chat_answer("base", "Hi"))
         tab.button("Copy as curl").click()
@@ -423,7 +423,7 @@ def test_api_key(open_tab: Open) -> None:
         assert "Authorization: Bearer $API_KEY" in clipboard(tab)
         tab.page.reload()  # the key stays as long as the tab
         expect(tab.page.locator("#connection")).to_have_text("live")
-        expect(tab.field("API key")).to_be_hidden()
+        expect(tab.control("API key")).to_be_hidden()
 
 
 def clipboard(tab: Tab) -> str:
@@ -433,7 +433,7 @@ def clipboard(tab: Tab) -> str:
 
 def test_copy_as_curl(tab: Tab) -> None:
     prompt = """It's "$HOME" \\ `x`\n!"""
-    tab.field("Seed").fill("3")
+    tab.control("Seed").fill("3")
     tab.send(prompt)
     tab.expect_answer("base", chat_answer("base", prompt, seed=3))
     tab.button("Copy as curl").click()
@@ -461,7 +461,8 @@ _PARSE = """async (chunks) => {
   return found;
 }"""
 _STREAM = (
-    "data: one\n\n: ping\n\ndata:two\r\n\r\ndata: naïve 🙂\ndata:  second\revent: x\r\r"
+    "data: one\n\n: ping\n\ndata:two\r\ndata: lines\r\n\r\n"
+    "data: naïve 🙂\ndata:  second\revent: x\r\r"
     'id: 3\n\ndata\u2028: no\n\ndata: {"a": "\u2028"}\n\ndata: cut off'
 )
 
@@ -471,18 +472,18 @@ def test_events_are_read_whatever_the_chunks(tab: Tab, size: int) -> None:
     data = _STREAM.encode()
     chunks = [list(data[start : start + size]) for start in range(0, len(data), size)]
     found = tab.page.evaluate(_PARSE, chunks)
-    assert found == ["one", "two", "naïve 🙂\n second", '{"a": "\u2028"}']
+    assert found == ["one", "two\nlines", "naïve 🙂\n second", '{"a": "\u2028"}']
 
 
 def test_narrow(open_tab: Open, port: int) -> None:
     tab = open_tab(port, viewport={"width": 400, "height": 800})
-    tab.field("Side by side").check()
+    tab.control("Side by side").check()
     tab.pick("chat", "Second variant")
     tab.send("long" * 100)
     tab.expect_answer("chat", chat_answer("chat", "long" * 100))
     expect(tab.page.locator("#connection")).to_have_text("live")
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 400
-    expect(tab.field("Prompt")).to_be_in_viewport(ratio=1.0)
+    expect(tab.control("Prompt")).to_be_in_viewport(ratio=1.0)
     expect(tab.button("Send")).to_be_in_viewport(ratio=1.0)
 
 

@@ -365,20 +365,20 @@ class Engine:
                 f"the prompt has a token outside the vocabulary of {variant.vocab}", param="prompt"
             )
         check_tokens(sampling, variant.vocab)
-        if sampling.stop and (variant.tokenizer is None or not request.detokenize):
-            raise RequestError("`stop` needs a tokenizer; use `stop_token_ids`", param="stop")
+        if request.detokenize:
+            self.tokenizer(variant.name)
+        elif sampling.stop:
+            raise RequestError("`stop` needs text; use `stop_token_ids`", param="stop")
         room = variant.max_model_len - (0 if self._encodes else length)
-        wanted = room if sampling.max_tokens is None else sampling.max_tokens
-        if length > variant.max_model_len or room < 1 or wanted > room:
+        if length > variant.max_model_len or room < 1:
             raise RequestError(
                 f"`{variant.name}` takes at most {variant.max_model_len} tokens of prompt and "
-                f"answer; the prompt has {length}"
-                + (f" and `max_tokens` is {wanted}" if 1 <= room < wanted else ""),
-                "shorten the prompt or lower `max_tokens`",
-                param="max_tokens" if 1 <= room < wanted else "prompt",
+                f"answer; the prompt has {length}",
+                "shorten the prompt",
+                param="prompt",
                 code="context_length_exceeded",
             )
-        return variant, wanted
+        return variant, min(room, sampling.max_tokens or room)
 
     def _variant(self, name: str) -> Variant:
         if name not in self._variants:

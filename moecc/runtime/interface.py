@@ -22,6 +22,9 @@ class EngineLike(Protocol):
     def submit(self, request: Request, deliver: Deliver) -> None:
         """Queues a request; `deliver` gets its outputs on the engine's thread and must be quick.
 
+        Every request that was taken ends with an output that has a `finish`. `max_tokens` is cut
+        to what the model's length allows.
+
         Raises RequestError for one that can never run (unknown variant: code `model_not_found`;
         a prompt too long: code `context_length_exceeded`), BusyError when the queue is full and
         StoppedError when nothing is taken any more.
@@ -43,4 +46,7 @@ class EngineLike(Protocol):
         """Calls `listener` after each reconfiguration, on the engine's thread."""
 
     def close(self, timeout: float = 0.0) -> None:
-        """Takes no more requests, lets the rest run for `timeout` seconds, aborts what is left."""
+        """Takes no more requests, lets the rest run for `timeout` seconds, aborts what is left.
+
+        May be called again, from another thread: the earlier deadline counts.
+        """

@@ -246,21 +246,27 @@ class _Opening:
         return found
 
     def _max_model_len(self, name: str, config: Any) -> int:
-        asked = self.options.max_model_len
-        longest = next((n for k in _LENGTH_KEYS if (n := getattr(config, k, None))), None)
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in _SCALED_BY_LENGTH:
-            longest = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", longest
-            )
+        asked, longest = self.options.max_model_len, _longest(config)
         if asked is None:
-            return int(longest or _DEFAULT_LENGTH)
+            return longest or _DEFAULT_LENGTH
         if longest is not None and asked > longest:
             raise RuntimeUnfitError(
                 f"`--max-model-len {asked}` is more than the {longest} tokens of variant `{name}`",
                 f"give at most {longest}",
             )
         return asked
+
+
+def _longest(config: Any) -> int | None:
+    """The most tokens a model knows positions for, if it says so."""
+    found = [n for key in _LENGTH_KEYS if (n := getattr(config, key, None))]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for form in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if form.get("rope_type") in _SCALED_BY_LENGTH:
+            own = form.get("original_max_position_embeddings")
+            own = own or getattr(config, "original_max_position_embeddings", None)
+            found = [own] if own else found
+    return int(found[0]) if found else None
 
 
 def _tokenizer(artifact: Artifact, variant: str, known: dict[tuple[Any, ...], Any]) -> Any:
@@ -278,6 +284,7 @@ def _tokenizer(artifact: Artifact, variant: str, known: dict[tuple[Any, ...], An
             known[files] = AutoTokenizer.from_pretrained(
                 artifact.path / variant_folder(variant), trust_remote_code=False
             )
+            known[files]("x")  # sets itself up on first use, which threads must not share
         except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError):
             known[files] = None
     return known[files]

@@ -18,7 +18,7 @@ class Sampling:
     """How tokens are chosen and when to stop; names and meanings as in OpenAI's API and vLLM.
 
     Attributes:
-        max_tokens: at most so many new tokens; None: as many as the model's length allows.
+        max_tokens: at most so many new tokens, and no more than the model's length allows.
         temperature: 0 is greedy.
         top_k: 0 is off.
         logit_bias: (token, added to its logit).

@@ -37,7 +37,7 @@ class Generation:
         self._meters = [meter(request) for request in requests]
         self._left = set(range(len(requests)))
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Output] | None] = asyncio.Queue()
 
     def submit(self) -> None:
         """Submits all requests, or raises what the engine raises and leaves none behind."""
@@ -60,16 +60,14 @@ class Generation:
         None whenever nothing came for PING_SECONDS.
         """
         while self._left:
-            waiting = asyncio.ensure_future(self._queue.get())
+            ping = self._loop.call_later(PING_SECONDS, self._queue.put_nowait, None)
             try:
-                while not (await asyncio.wait({waiting}, timeout=PING_SECONDS))[0]:
-                    yield None
+                item = await self._queue.get()
             finally:
-                waiting.cancel()
-            index, output = waiting.result()
-            if output.finish is not None:
-                self._left.discard(index)
-            yield index, output
+                ping.cancel()
+            if item is not None and item[1].finish is not None:
+                self._left.discard(item[0])
+            yield item
 
     def cancel(self) -> None:
         """Ends what has not finished yet."""
