@@ -188,7 +188,7 @@ class Engine:
                 if batch is not None:
                     self._run(batch)
         except Exception as error:
-            self._died = f"the engine has died: {type(error).__name__}: {error}"
+            self._died = f"the engine has died: {_one_line(error)}"
             self._end_all("error", self._died)
             raise
         self._end_all("abort")
@@ -203,8 +203,10 @@ class Engine:
             return not (self._stopping and over)
 
     def _expire(self) -> None:
+        """Ends requests whose time is over; those of a static batch that runs end there."""
         with self._changed:
-            late = [self._of[s] for s in self._scheduler.expired(time.monotonic())]
+            expired = self._scheduler.expired(time.monotonic())
+            late = [self._of[s] for s in expired if s not in self._in_pass]
             for answer in late:
                 self._forget(answer)
         for answer in late:
@@ -223,7 +225,7 @@ class Engine:
         except Exception as error:
             if "CUDA error" in str(error):  # the device is lost
                 raise
-            self._fail(batch, f"{type(error).__name__}: {error}")
+            self._fail(batch, _one_line(error))
         finally:
             self._in_pass = frozenset()
 
@@ -277,6 +279,7 @@ class Engine:
 
         def next_(logits: Tensor, rows: list[int]) -> list[tuple[int, bool] | None]:
             self._steps += 1
+            self._expire()
             live = [answers[row] for row in rows]
             found: list[tuple[int, bool] | None] = []
             for answer, chosen in zip(live, self._choose(logits, live), strict=True):
@@ -312,19 +315,18 @@ class Engine:
         self, logits: Tensor, answers: list[Answer]
     ) -> list[tuple[int, TokenLogprob | None] | Exception]:
         """Every row's token; an error for those whose logits are no numbers."""
-        good = list(range(len(answers)))
-        found: list[tuple[int, TokenLogprob | None] | Exception] = []
-        found = [RuntimeError("the model's logits are not finite")] * len(answers)
-        while good:
-            try:
-                chosen = choose(logits[good], [answers[row].choice for row in good])
-            except LogitsError as error:
-                good = [row for i, row in enumerate(good) if i not in error.rows]
-                continue
-            for row, result in zip(good, chosen, strict=True):
-                found[row] = result
-            break
-        return found
+        choices = [answer.choice for answer in answers]
+        try:
+            return [*choose(logits, choices)]
+        except LogitsError as error:
+            bad = set(error.rows)
+        good = [row for row in range(len(answers)) if row not in bad]
+        found: dict[int, tuple[int, TokenLogprob | None]] = {}
+        if good:
+            chosen = choose(logits[good], [choices[row] for row in good])
+            found = dict(zip(good, chosen, strict=True))
+        failure = RuntimeError("the model's logits are not finite")
+        return [found.get(row, failure) for row in range(len(answers))]
 
     def _fail(self, batch: Batch, error: str) -> None:
         for piece in batch.pieces:
@@ -394,3 +396,7 @@ class Engine:
         return {
             name: counts.get(name, 0) or counts.get(v, 0) for v, name in enumerate(self.variants)
         }
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
