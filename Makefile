@@ -19,11 +19,9 @@ demo: install
 	rm -rf $(DEMO)/artifact
 	$(BIN)/moecc consolidate recipes/quickstart.yaml --out $(DEMO)/artifact
 	$(BIN)/moecc inspect $(DEMO)/artifact
-	@for variant in base chat math python; do \
-		printf '\n%s: def f(x): ->' $$variant; \
-		$(BIN)/moecc generate $(DEMO)/artifact --variant $$variant \
-			--prompt 'def f(x):' --max-new-tokens 12 || exit 1; \
-	done
+	$(BIN)/moecc generate $(DEMO)/artifact --variant python --prompt 'def f(x):' --max-new-tokens 12
+	$(BIN)/python examples/side_by_side.py $(DEMO)/artifact
+	@printf '\nserve it: $(BIN)/moecc serve $(DEMO)/artifact --cpu\n'
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -51,7 +51,7 @@ class Engine:
         residency: Residency,
         scheduler: Scheduler,
         policy: str,
-        memory: Callable[[], dict[str, int]],
+        memory: Mapping[str, int],
         close: Callable[[], None],
         encodes: bool = False,
     ) -> None:
@@ -153,7 +153,7 @@ class Engine:
                 },
                 kv_blocks_used=scheduler.pool.used if continuous else 0,
                 kv_blocks_total=scheduler.pool.total if continuous else 0,
-                memory=self._memory(),
+                memory=dict(self._memory),
                 prompt_tokens=self._by_name(self._prompt_tokens),
                 generation_tokens=self._by_name(self._generated),
                 reconfigurations=dict(self._reconfigurations),

@@ -90,35 +90,23 @@ class _Opening:
         layers = loading.load_experts(skeletons, self.device, self.on_progress)
         rows = self._rows(skeletons, layers, mode)
         residency = self._residency(skeletons, rows, mode)
-        cache = KVCache(1, BLOCK_TOKENS)
-        runner: PagedRunner | StaticRunner
         if refusal is None:
             residency, probed, refusal = self._probed(skeletons, rows, residency)
+        variants = self._variants(skeletons)
+        runner: PagedRunner | StaticRunner
         if refusal is None:
-            variants = self._variants(skeletons)
             cache, variants = self._cache(probed, variants)
             runner = PagedRunner(residency, cache, self.device)
-            blocks = cache.blocks
+            kv = cache.nbytes
+            scheduler = self._scheduler(residency.mode, BLOCK_TOKENS, cache.blocks)
         else:
             self.note(f"{refusal}: served in static batches")
             skeletons.use_own_attention()
-            variants = self._variants(skeletons)
             runner = StaticRunner(residency, self.device)
-            blocks = self.options.max_num_seqs  # one each: the model keeps its own state
-        options = self.options
-        static = isinstance(runner, StaticRunner)
-        scheduler = Scheduler(
-            options.policy,
-            residency.mode == "mixed",
-            options.max_num_seqs,
-            _UNBOUNDED if static else max(options.max_batch_tokens, options.max_num_seqs),
-            _UNBOUNDED if static else BLOCK_TOKENS,
-            blocks,
-            options.max_waiting,
-            PATIENCE[residency.mode],
-        )
+            kv = 0  # the model keeps its own, for a batch at a time: a block stands for a request
+            scheduler = self._scheduler(residency.mode, _UNBOUNDED, self.options.max_num_seqs)
         experts = sum(layer.nbytes for layer in layers)
-        memory = {"experts": experts, "non_expert": residency.nbytes, "kv": cache.nbytes}
+        memory = {"experts": experts, "non_expert": residency.nbytes, "kv": kv}
         pinned = rows if residency.mode == "swap" else None
         return Engine(
             variants,
@@ -127,10 +115,23 @@ class _Opening:
             runner=runner,
             residency=residency,
             scheduler=scheduler,
-            policy=options.policy,
-            memory=lambda: memory,
+            policy=self.options.policy,
+            memory=memory,
             close=lambda: devices.unpin(pinned) if pinned is not None else None,
             encodes=bool(skeletons.models[0].config.is_encoder_decoder),
+        )
+
+    def _scheduler(self, mode: str, block_tokens: int, blocks: int) -> Scheduler:
+        options, static = self.options, block_tokens == _UNBOUNDED
+        return Scheduler(
+            options.policy,
+            mode == "mixed",
+            options.max_num_seqs,
+            _UNBOUNDED if static else max(options.max_batch_tokens, options.max_num_seqs),
+            block_tokens,
+            blocks,
+            options.max_waiting,
+            PATIENCE[mode],
         )
 
     def _mode(self, skeletons: Skeletons, refusal: str | None) -> str:
