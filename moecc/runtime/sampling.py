@@ -160,8 +160,8 @@ def _draw(values: Tensor, choices: Sequence[Choice]) -> Tensor:
         part = values[rows]
         values[rows] = part.masked_fill_(part < _least(part, top_k[rows], top_p[rows]), -math.inf)
     mass = _weights(values).cumsum(-1)
-    total = mass[:, -1:]
-    target = (uniform * total).to(torch.int64).clamp_(max=total - 1)
+    # Less than all mass, rounded or not: a float64 below 1 is at most 1 - 2**-53.
+    target = (uniform * mass[:, -1:]).to(torch.int64)
     # The first token with more mass than that up to it: it has some itself.
     return torch.searchsorted(mass, target, right=True).squeeze(-1)
 
@@ -194,7 +194,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, choices: Sequence[Choice]) -> dict
     logprobs = logits[rows].log_softmax(-1, dtype=torch.float32)
     vocab = logits.shape[1]
     # `topk` orders equal values at will, so its keys hold the token below the bits of the value,
-    # which have the order of the values: none is negative.
+    # which are in the order of the values: none is negative.
     keys = logprobs.abs().view(torch.int32).to(torch.int64) << 32
     keys += torch.arange(vocab, device=logits.device)
     best = keys.topk(min(max(asked.values()), vocab), largest=False).values & 0xFFFFFFFF

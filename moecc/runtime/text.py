@@ -43,8 +43,8 @@ class TextStream:
         self._unsure = re.compile(rf"(?:{_UNSURE}{'|' + _UNCLEAN if cleans else ''})\Z")
         self._window: list[int] = []
         self._text = ""  # of the window
-        self._sure = ""  # what went on to the stop strings of it
-        self._start = 0  # where the window may start next: its text was sure up to there
+        self._sure = ""  # what of it went on to the stop strings
+        self._start = 0  # where the window starts next
         self._stops = [_Stop(text) for text in stop]
         self._held = ""  # sure, but it may be the start of a stop string
 
@@ -64,8 +64,8 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest of the text, when no more tokens come; it ends before a stop string, too."""
-        text, stop = self._until_stop(self._text[len(self._sure) :])
-        return text if stop is not None else text + self._held
+        text, _ = self._until_stop(self._text[len(self._sure) :])
+        return text + self._held
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special_tokens)
@@ -97,7 +97,7 @@ class TextStream:
         self._window = self._window[start:]
         rest = self._text[len(self._sure) :]
         self._text = self._decode(self._window)
-        self._start = 0 if rest else len(self._window)
+        self._start = len(self._window)
         if self._text.endswith(rest):
             self._sure = self._text[: len(self._text) - len(rest)]
             return ""
