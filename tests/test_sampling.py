@@ -203,6 +203,8 @@ def test_ends_of_the_distribution() -> None:
     assert pick([0.0] * 1000, choice, LAST) == 999
     assert pick([0.0] * 1000, choice, 0.5) == 500  # in the order of the vocabulary
     assert pick([0.0, -20.0], choice, LAST) == 1  # two billionths, but there
+    for count in (16383, 16384, 16385, 30000):  # sums that a float64 does not hold exactly
+        assert pick([0.0] * count + [-26.5, -INF], choice, LAST) in (count - 1, count)
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-3])
@@ -261,6 +263,13 @@ def test_penalties(
     other = past(GREEDY, prompt, generated)
     rows = torch.tensor([[2.0, 1.0], logits, [1.0, 2.0]])
     assert tokens(rows, [other, choice, other]) == [0, token, 1]
+
+
+def test_only_tokens_that_matter_are_kept() -> None:
+    assert not past(Sampling(logit_bias=((1, 2.0),)), (1, 2), (3,)).tokens
+    assert list(past(Sampling(presence_penalty=1.0), (1, 2), (3, 3)).tokens) == [3]
+    choice = past(Sampling(repetition_penalty=2.0), (1, 2, 1), (3, 2))
+    assert (list(choice.tokens), list(choice.counts)) == ([1, 2, 3], [0, 1, 1])
 
 
 def mixed(count: int, vocab: int, seed: int) -> tuple[Tensor, list[Choice]]:
@@ -352,6 +361,10 @@ def test_logprobs_of_ties_are_in_the_order_of_tokens() -> None:
     assert found is not None
     assert [i for i, _ in found.top] == [0, 1, 2, 3, 5, 4]
     assert found.top[-1][1] == -INF
+    logits[0, 5] = 200.0  # its log probability is 0
+    [(_, found)] = choose(logits, [Choice(Sampling(temperature=0.0, logprobs=2), ())])
+    assert found is not None
+    assert found.top == ((5, 0.0), (200, -199.0))
 
 
 @pytest.mark.parametrize("bad", [[math.nan, 1.0, 2.0], [0.0, INF, 1.0], [-INF, -INF, -INF]])

@@ -17,9 +17,27 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 from moecc.runtime.text import TextStream
 
 MARK = "\ufffd"
-WORDS = ["a", "n", "'", "t", "s", "ve", "v", "re", "m", ".", ",", "?", "do", "n't", "world", "中"]
+WORDS = [
+    "a",
+    "n",
+    "'",
+    "t",
+    "s",
+    "ve",
+    "v",
+    "re",
+    "m",
+    ".",
+    ",",
+    "?",
+    "do",
+    "n't",
+    "world",
+    "中",
+    "",
+]
 PARTS = [f"##{word}" for word in ["", "a", "n", "'", "t", "s", "e", "world"]]
-PIECES = ["▁", "▁▁", "▁▁▁▁", "▁a", "▁the", "a", "b", ".", "中", "é", "▁'", MARK]
+PIECES = ["▁", "▁▁", "▁▁▁▁", "▁a", "▁the", "a", "b", ".", "中", "é", "▁'", MARK, f"b{MARK}"]
 SPECIAL = [AddedToken("<s>", special=True), AddedToken("</s>", special=True)]
 
 
@@ -61,7 +79,7 @@ def word_piece(clean: bool) -> Any:
 class Slow(PreTrainedTokenizer):  # type: ignore[misc]
     """One that decodes in Python, as the old ones of BERT."""
 
-    words = (*WORDS, *PARTS, "[UNK]", "[SEP]")
+    words = (*WORDS[:-1], *PARTS, "[UNK]", "[SEP]")
 
     def get_vocab(self) -> dict[str, int]:
         return {word: i for i, word in enumerate(self.words)}
@@ -133,6 +151,7 @@ def test_pieces_join_to_the_text(name: str, skip: bool) -> None:
     check()
 
 
+MARKED = {256 + i for i, piece in enumerate(PIECES) if MARK in piece}
 BYTES = st.one_of(
     st.integers(256, 256 + len(PIECES) + 2).map(lambda token: [token]),
     st.characters(codec="utf-8").map(lambda char: list(char.encode())),
@@ -145,19 +164,17 @@ def test_byte_fallback(tokens: list[int]) -> None:
     tokenizer = byte_fallback()
     found = list(pieces(tokenizer, tokens))
     assert "".join(found) == tokenizer.decode(tokens, skip_special_tokens=True)
-    if 256 + PIECES.index(MARK) not in tokens and MARK.encode() not in bytes(
-        token for token in tokens if token < 256
-    ):
+    if MARK not in bytes(t for t in tokens if t < 256).decode() and not MARKED & set(tokens):
         assert MARK not in "".join(found)
 
 
 def test_byte_fallback_keeps_what_it_has_shown() -> None:
     tokenizer = byte_fallback()
-    tokens = [*"中é".encode(), 0xFF, 256 + PIECES.index("a")]
-    assert tokenizer.decode(tokens) == MARK * 6 + "a"
-    assert "".join(pieces(tokenizer, tokens)) == "中é" + MARK * 4 + "a"
-    # Bytes that are no text come first: nothing was shown that decodes otherwise later.
     for count in range(1, 60):
+        tokens = [*"中é".encode(), *[0xFF] * count, 256 + PIECES.index("a")]
+        assert tokenizer.decode(tokens) == MARK * (5 + count) + "a"
+        assert "".join(pieces(tokenizer, tokens)) == "中é" + MARK * (3 + count) + "a"
+        # Bytes that are no text come first: nothing was shown that decodes otherwise later.
         for garbage in ([0xFF], [0xE4], [0xE4, 0xB8], [0x80]):
             tokens = garbage * count + [256 + PIECES.index("▁a")] * 3
             assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens)
@@ -196,6 +213,45 @@ def test_a_replacement_character_of_the_text_is_shown() -> None:
     assert stream.push(bytes_of("b")) == (f"{MARK}b", None)
     assert stream.push(bytes_of("c😀")[:-1]) == ("c", None)
     assert stream.finish() == MARK
+
+
+def test_tokens_without_text_do_not_push_out_the_others() -> None:
+    tokenizer = TOKENIZERS["metaspace"]()
+    special = len(tokenizer) - 1
+    tokens = [PIECES.index("▁a"), *[special] * 99, PIECES.index("▁the")]
+    assert "".join(pieces(tokenizer, tokens)) == "a the"
+    first, *rest = bytes_of("中")
+    assert "".join(pieces(byte_level(), [first, *[0] * 99, *rest])) == "中"
+
+
+def test_a_character_after_many_unclear_bytes() -> None:
+    for count in range(60):
+        tokens = [byte_token(0xFF)] * count + bytes_of("😀")
+        assert "".join(pieces(byte_level(), tokens)) == MARK * count + "😀"
+
+
+@pytest.mark.parametrize("name", ["word-piece-clean", "slow"])
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["a", "'", ".", "a"], "a '. a"),
+        (["n", "'", "world", "a"], "n'world a"),
+        (["a", "n", "'", "t", "."], "an't."),
+        (["a", "'", "ve", "'", "re"], "a've're"),
+    ],
+)
+def test_clean_up(name: str, words: list[str], text: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    tokens = [WORDS.index(word) for word in words]
+    assert tokenizer.decode(tokens) == text
+    assert "".join(pieces(tokenizer, tokens)) == text
+
+
+def test_clean_up_of_two_spaces() -> None:
+    tokenizer = word_piece(True)
+    tokens = [WORDS.index(word) for word in ["a", "", "'", "s", "a"]]
+    assert tokenizer.decode(tokens) == "a's a"
+    assert "".join(pieces(tokenizer, tokens)) == "a's a"
 
 
 def test_clean_up_waits_for_what_it_may_change() -> None:
@@ -274,6 +330,9 @@ def test_the_rest_ends_before_a_stop_string_too() -> None:
     stream = TextStream(byte_level(), (f"b{MARK}",))
     assert stream.push(bytes_of("ab😀")[:-1]) == ("a", None)
     assert stream.finish() == ""
+    stream = TextStream(TOKENIZERS["metaspace"](), ("b",))
+    assert stream.push([PIECES.index(f"b{MARK}")]) == ("", "b")
+    assert stream.finish() == ""
 
 
 class Spy:
@@ -307,7 +366,7 @@ class Spy:
         ("byte-fallback", [256 + PIECES.index("▁")], 9),
         ("word-piece-clean", [WORDS.index("n")], 33),
         ("slow", [WORDS.index("'")], 33),
-        ("slow", [len(WORDS)], 9),  # "##", which adds nothing
+        ("slow", [len(WORDS) - 1], 9),  # "##", which adds nothing
     ],
 )
 def test_the_window_is_bounded(name: str, run: list[int], longest: int) -> None:

@@ -19,7 +19,7 @@ _LIMIT = 32  # most tokens in the window; only bytes that are no text get there
 # The end of a text that may change with the next token: bytes of a character that is not complete
 # (one mark for all of them, or one for each), and what `clean_up_tokenization` may rewrite.
 _UNSURE = "\ufffd{1,3}"
-_UNCLEAN = " {0,2}n? ?'(?:[vr]|n'?)?| {1,2}(?:n ?)?"
+_UNCLEAN = " ?n? ?'(?:[vr]|n'?)?| {1,2}(?:n ?)?"
 
 
 class TextStream:
