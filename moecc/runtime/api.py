@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from moecc.errors import MoeccError, RequestError
+from moecc.errors import BusyError, MoeccError, RequestError
 from moecc.runtime.engine import Engine
 from moecc.runtime.opening import Note, open_engine
 from moecc.runtime.options import Options
 from moecc.runtime.request import Output, Request, Sampling, TokenLogprob
+
+BUSY_SECONDS = 0.01  # until the queue, which others have filled, is tried again
 
 # Text, token ids, or the messages of a chat.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -73,11 +77,22 @@ class Served:
         requests = [
             self._request(name, prompt, sampling) for name, prompt in zip(names, many, strict=True)
         ]
-        queues = [self._submit(request) for request in requests]
-        return [
-            _completion(request.variant, _outputs(queue))
-            for request, queue in zip(requests, queues, strict=True)
-        ]
+        found: list[Completion] = []
+        running: deque[tuple[Request, SimpleQueue[Output]]] = deque()
+        try:
+            for request in requests:
+                while (queue := self._submitted(request)) is None:  # the engine's queue is full
+                    if running:
+                        found.append(_completion(*running.popleft()))
+                    else:
+                        time.sleep(BUSY_SECONDS)
+                running.append((request, queue))
+            while running:
+                found.append(_completion(*running.popleft()))
+        finally:
+            for request, _ in running:
+                self.engine.cancel(request.id)
+        return found
 
     def stream(self, variant: str, prompt: Prompt, **sampling: Any) -> Iterator[Output]:
         """The outputs of one prompt as they come; closing the iterator ends the request."""
@@ -127,6 +142,12 @@ class Served:
         self.engine.submit(request, queue.put)
         return queue
 
+    def _submitted(self, request: Request) -> SimpleQueue[Output] | None:
+        try:
+            return self._submit(request)
+        except BusyError:
+            return None
+
 
 def load(artifact: str | Path, *, note: Note = lambda text: None, **options: Any) -> Served:
     """Loads an artifact and starts an engine for all of its variants.
@@ -166,14 +187,14 @@ def _outputs(queue: SimpleQueue[Output]) -> Iterator[Output]:
             return
 
 
-def _completion(variant: str, outputs: Iterable[Output]) -> Completion:
-    found = list(outputs)
-    finish = found[-1].finish
+def _completion(request: Request, queue: SimpleQueue[Output]) -> Completion:
+    outputs = list(_outputs(queue))
+    finish = outputs[-1].finish
     assert finish is not None, "the last output ends the answer"
     return Completion(
-        variant,
-        "".join(o.text for o in found),
-        tuple(t for o in found for t in o.tokens),
+        request.variant,
+        "".join(o.text for o in outputs),
+        tuple(t for o in outputs for t in o.tokens),
         finish.reason,
-        tuple(p for o in found for p in o.logprobs),
+        tuple(p for o in outputs for p in o.logprobs),
     )
