@@ -2,13 +2,14 @@
 
 Families call the function registered as NAME with the keys and values of the pass's own tokens,
 one token a batch row; it writes them to the cache and reads each sequence's past from there. No
-cache object and no mask goes through the modeling code. Latent attention (DeepSeek) is cached
-expanded. Plain torch: the reference for faster kernels.
+cache object goes through the modeling code, and for a mask only the size of the window, if the
+layer has one. Latent attention (DeepSeek) is cached expanded. Plain torch: the reference for faster
+kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -152,10 +153,12 @@ class _Form:
 
 
 def install() -> None:
-    """Makes our function known to transformers, for this process; harmless twice."""
+    """Makes our functions known to transformers, for this process; harmless twice."""
     from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, paged_attention)
+    AttentionMaskInterface.register(NAME, window_mask)
 
 
 def refusal(model: Any) -> str | None:
@@ -176,6 +179,24 @@ def refusal(model: Any) -> str | None:
     return None
 
 
+def window_mask(
+    *, mask_function: Callable[..., Tensor], local_size: int | None = None, **others: Any
+) -> Tensor | None:
+    """What stands for a mask: None for a causal one, the size of its window for a sliding one.
+
+    Modeling code hands it on to `paged_attention`. Raises RuntimeUnfitError for any other mask.
+    """
+    size = local_size or 1
+    near = torch.tensor([0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1])
+    query, key = near[:, None], near[None, :]
+    expected = key <= query
+    if local_size is not None:
+        expected &= key > query - local_size
+    if others.get("use_vmap") or not torch.equal(mask_function(0, 0, query, key), expected):
+        raise RuntimeUnfitError("a layer has a mask that is neither causal nor a sliding window")
+    return None if local_size is None else torch.tensor(local_size)
+
+
 def paged_attention(
     module: Any,
     query: Tensor,
@@ -192,17 +213,21 @@ def paged_attention(
     """Causal attention of each token over its own sequence.
 
     `query` [rows, heads, 1, dim], `key` and `value` [rows, kv_heads, 1, dim]; `s_aux` are one
-    attention sink a head. Returns [rows, 1, heads, dim]. Raises RuntimeUnfitError for an argument
-    that would change the result in a way that is not known here.
+    attention sink a head; `attention_mask` is from `window_mask`. The window is the mask's: not
+    every family passes `sliding_window`, and transformers' own default does not look at it. Returns
+    [rows, 1, heads, dim]. Raises RuntimeUnfitError for an argument that would change the result in
+    a way that is not known here.
     """
     unknown = [k for k, v in others.items() if k not in _INERT and v is not None]
-    if unknown or attention_mask is not None or query.shape[2] != 1:
+    own_mask = attention_mask is not None and attention_mask.dim() > 0
+    if unknown or own_mask or query.shape[2] != 1:
         what = f"argument `{unknown[0]}`" if unknown else "mask or layout"
         raise RuntimeUnfitError(f"the attention of `{type(module).__name__}` has its own {what}")
     running = step.current()
     assert running is not None, "attention runs in a step"
     plan: Plan = running.plan
-    form = _Form(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    window = None if attention_mask is None else int(attention_mask)
+    form = _Form(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
     q, layer = query[:, :, 0], int(module.layer_idx)
     plan.cache.write(layer, plan.writes, key[:, :, 0], value[:, :, 0])
     sinks = _sinks(s_aux, running.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,14 @@ def pinned(rows: int, nbytes: int, device: torch.device) -> Tensor:
     return memory
 
 
-def unpin(memory: Tensor) -> None:
-    """Gives back what `pinned` locked."""
-    if torch.cuda.is_available() and memory.numel():
+def release(device: torch.device, memory: Tensor | None) -> None:
+    """Unlocks what `pinned` locked, and gives back what torch holds of the device unused."""
+    if device.type != "cuda":
+        return
+    if memory is not None and memory.numel():
         _cudart().cudaHostUnregister(memory.data_ptr())
+    gc.collect()  # modules refer to each other
+    torch.cuda.empty_cache()
 
 
 def _cudart() -> Any:

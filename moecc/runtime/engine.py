@@ -60,8 +60,10 @@ class Engine:
         self.variants = tuple(self._variants)
         self.base = base
         self.artifact_hash = artifact_hash
-        self._runner = runner
-        self._residency = residency
+        self._runner: PagedRunner | StaticRunner | None = runner
+        self._residency: Residency | None = residency
+        self._mode = residency.mode
+        self._continuous = isinstance(runner, PagedRunner)
         self._scheduler = scheduler
         self._policy = policy
         self._memory = memory
@@ -139,18 +141,15 @@ class Engine:
 
     def stats(self) -> Stats:
         with self._changed:
-            scheduler = self._scheduler
-            continuous = isinstance(self._runner, PagedRunner)
+            scheduler, continuous = self._scheduler, self._continuous
             return Stats(
-                mode=self._residency.mode,
+                mode=self._mode,
                 policy=self._policy,
                 batching="continuous" if continuous else "static",
                 running=self._by_name(scheduler.running()),
                 waiting=self._by_name(scheduler.waiting()),
                 batch=dict(self._batch),
-                resident={
-                    name: self._residency.is_resident(v) for v, name in enumerate(self.variants)
-                },
+                resident={name: self._is_resident(v) for v, name in enumerate(self.variants)},
                 kv_blocks_used=scheduler.pool.used if continuous else 0,
                 kv_blocks_total=scheduler.pool.total if continuous else 0,
                 memory=dict(self._memory),
@@ -170,6 +169,7 @@ class Engine:
         self._thread.join()
         with self._changed:
             close, self._close = self._close, lambda: None
+            self._runner = self._residency = None  # whoever keeps the engine keeps no weights
         close()
 
     # The engine's own thread
@@ -220,7 +220,7 @@ class Engine:
         try:
             if isinstance(self._runner, PagedRunner):
                 self._run_pass(self._runner, batch)
-            else:
+            elif self._runner is not None:
                 self._run_static(self._runner, batch)
         except Exception as error:
             if "CUDA error" in str(error):  # the device is lost
@@ -231,7 +231,8 @@ class Engine:
 
     def _reconfigure(self, batch: Batch) -> None:
         """Activates the batch's variant, tells listeners of a change, and says what comes next."""
-        if self._residency.mode == "mixed":
+        assert self._residency is not None, "the engine runs"
+        if self._mode == "mixed":
             return
         first = batch.pieces[0].sequence.variant
         name = self.variants[first]
@@ -390,6 +391,9 @@ class Engine:
                 code="model_not_found",
             )
         return self._variants[name]
+
+    def _is_resident(self, variant: int) -> bool:
+        return self._residency is not None and self._residency.is_resident(variant)
 
     def _by_name(self, counts: Mapping[Any, int]) -> dict[str, int]:
         """By the variants' names, every one a key; `counts` is by name or by index."""

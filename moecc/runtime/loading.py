@@ -87,8 +87,12 @@ def skeletons(artifact: Artifact, dtype: str) -> Skeletons:
             _strip_experts(model, stored)
         models.append(model)
     tied = _tied(artifact, models[0])
+    recast = _recast(models[0])
     tensors = {
-        name: (_planned_dtype(models[0], name, owner[key], chosen), tuple(owner[key].shape))
+        name: (
+            recast.get(name) or _planned_dtype(models[0], name, owner[key], chosen),
+            tuple(owner[key].shape),
+        )
         for name, owner, key in places(models[0])
         if name not in tied
     }
@@ -331,6 +335,19 @@ def _dtype(name: str, config: dict[str, Any], artifact: Artifact) -> torch.dtype
             f"cannot compute in `{name}`", "`--dtype` is auto, bfloat16, float16 or float32"
         )
     return dtype
+
+
+def _recast(model: Any) -> dict[str, torch.dtype]:
+    """What Switch Transformers' routers turn their weights into when they first run.
+
+    They do it in place, which would take the weights out of their row.
+    """
+    return {
+        f"{name}.classifier.{key}": module.dtype
+        for name, module in model.named_modules()
+        if type(module).__name__ == "SwitchTransformersTop1Router"
+        for key, _ in module.classifier.named_parameters()
+    }
 
 
 def _planned_dtype(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -117,7 +117,7 @@ class _Opening:
             scheduler=scheduler,
             policy=self.options.policy,
             memory=memory,
-            close=lambda: devices.unpin(pinned) if pinned is not None else None,
+            close=lambda: devices.release(self.device, pinned),
             encodes=bool(skeletons.models[0].config.is_encoder_decoder),
         )
 
@@ -191,11 +191,19 @@ class _Opening:
             for start, stop in ((0, _PROBE_TOKENS - 1), (_PROBE_TOKENS - 1, _PROBE_TOKENS)):
                 runner.run([Part(v, tokens[start:stop], start, [v], True) for v in variants])
             return residency, cache, None
-        except RuntimeUnfitError as error:
+        except torch.OutOfMemoryError as error:
+            raise RuntimeUnfitError(
+                f"not enough memory on `{self.device}` to run a few tokens: {error}".splitlines()[
+                    0
+                ],
+                "free memory, or use `--mode swap`",
+            ) from None
+        except Exception as error:  # of transformers' modeling code, which meets our functions here
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if residency.mode == "mixed":
-                self.note(f"{error.message}: batches of one variant are used")
+                self.note(f"{reason}: batches of one variant are used")
                 return self._probed(skeletons, rows, Resident(skeletons, rows))
-            return residency, cache, error.message
+            return residency, cache, reason
 
     def _cache(self, probed: KVCache, variants: list[Variant]) -> tuple[KVCache, list[Variant]]:
         """The cache as large as allowed, and the lengths that fit in it."""

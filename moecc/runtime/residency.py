@@ -89,6 +89,7 @@ class Swap:
         self._held: list[int | None] = [None] * SWAP_ROWS
         self._active = 0
         self._bound: list[int | None] = [None] * len(self._models)
+        self._arrived: list[Any] = [None] * SWAP_ROWS  # events: a row's copy is done
         self._stream: Any = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -99,9 +100,10 @@ class Swap:
 
     def activate(self, variant: int) -> Any:
         self.prefetch(variant)
-        if self._stream is not None:
-            torch.cuda.current_stream(self._buffers.device).wait_stream(self._stream)
         self._active = self._held.index(variant)
+        if self._stream is not None:  # not for the whole stream: the next variant may be on its way
+            event = self._arrived[self._active]
+            torch.cuda.current_stream(self._buffers.device).wait_event(event)
         if self._bound[variant] != self._active:
             self._bindings[variant].bind(self._views[self._active])
             self._bound[variant] = self._active
@@ -119,10 +121,11 @@ class Swap:
         self._stream.wait_stream(torch.cuda.current_stream(self._buffers.device))
         with torch.cuda.stream(self._stream):
             self._buffers[spare].copy_(self._host[variant], non_blocking=True)
+            self._arrived[spare] = self._stream.record_event()
 
     def wait(self) -> None:
         if self._stream is not None:
-            self._stream.synchronize()
+            self._arrived[self._active].synchronize()
 
     def is_resident(self, variant: int) -> bool:
         return variant in self._held
