@@ -142,11 +142,12 @@ def fused_experts(
         inner = runs.project(module.moecc, first, rows)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         out = runs.project(module.moecc, "down_proj", inner)
-        if getattr(module, "has_post_expert_norm", False):
-            out = module.post_expert_norm(out)
-    out = out * top_k_weights.reshape(-1)[runs.order].unsqueeze(-1)
     restored = torch.empty_like(out)
     restored[runs.order] = out
+    if getattr(module, "has_post_expert_norm", False):
+        with step.repeated(top_k_index.shape[1]):
+            restored = module.post_expert_norm(restored)
+    restored = restored * top_k_weights.reshape(-1, 1)
     summed = restored.view(*top_k_index.shape, -1).sum(dim=1)
     return summed.to(hidden_states.dtype)
 

@@ -7,6 +7,7 @@ by more than CHUNK_BYTES of tensors outside the experts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ from moecc.skeleton import load_config, model_class
 
 CHUNK_BYTES = 512 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Numbers in a module that do not matter when it is run: of training, of limits, of padding.
+_INERT_STATE = re.compile(r"p|.*(dropout|jitter|_coef|_std|max_seq|max_position|padding_idx).*")
 Progress = Callable[[str, int, int], None]  # stage, bytes done, of bytes
 
 
@@ -52,6 +55,19 @@ class Skeletons:
         """Attention as transformers has it, instead of ours over the paged cache."""
         for model in self.models:
             model.set_attn_implementation(self._own_attention)
+
+    def difference(self) -> str | None:
+        """Why one model cannot stand for all: what they compute with besides tensors, if unlike."""
+        first, *others = self.models
+        for variant, other in zip(self.artifact.variants[1:], others, strict=True):
+            for (name, a), (_, b) in zip(first.named_modules(), other.named_modules(), strict=True):
+                for key, value in vars(a).items():
+                    plain = isinstance(value, (bool, int, float))
+                    if plain and vars(b).get(key) != value and not _INERT_STATE.fullmatch(key):
+                        return f"`{name}.{key}` of variant `{variant}` is its own"
+            if _rope_form(first) != _rope_form(other):
+                return f"`rope_parameters` of variant `{variant}` are its own"
+        return None
 
     @property
     def expert_bytes(self) -> int:
@@ -335,6 +351,17 @@ def _dtype(name: str, config: dict[str, Any], artifact: Artifact) -> torch.dtype
             f"cannot compute in `{name}`", "`--dtype` is auto, bfloat16, float16 or float32"
         )
     return dtype
+
+
+def _rope_form(model: Any) -> Any:
+    """The rotary parameters that modeling code may read as it runs: all but the base."""
+
+    def without_base(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: without_base(v) for k, v in value.items() if k != "rope_theta"}
+
+    return without_base(getattr(model.config.get_text_config(), "rope_parameters", None))
 
 
 def _recast(model: Any) -> dict[str, torch.dtype]:

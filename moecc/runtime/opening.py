@@ -22,7 +22,7 @@ from moecc.runtime.options import Options
 from moecc.runtime.paged import PagedRunner, Part
 from moecc.runtime.residency import SWAP_ROWS, Mixed, Residency, Resident, Swap
 from moecc.runtime.scheduler import Scheduler
-from moecc.runtime.static import StaticRunner
+from moecc.runtime.static import StaticRunner, pads
 
 BLOCK_TOKENS = 16
 # How long another variant waits for its turn, in seconds, by what a turn costs.
@@ -86,7 +86,10 @@ class _Opening:
     def engine(self) -> Engine:
         skeletons = loading.skeletons(self.artifact, self.options.dtype)
         refusal = attention.refusal(skeletons.models[0])
-        mode = self._mode(skeletons, refusal)
+        unmixable = refusal or skeletons.difference()
+        mode = self._mode(skeletons, unmixable)
+        if unmixable and (self.options.mode == "mixed" or (mode != "swap" and refusal is None)):
+            self.note(f"{unmixable}: batches are of one variant")
         layers = loading.load_experts(skeletons, self.device, self.on_progress)
         rows = self._rows(skeletons, layers, mode)
         residency = self._residency(skeletons, rows, mode)
@@ -102,7 +105,7 @@ class _Opening:
         else:
             self.note(f"{refusal}: served in static batches")
             skeletons.use_own_attention()
-            runner = StaticRunner(residency, self.device)
+            runner = StaticRunner(residency, self.device, pads(skeletons.models[0]))
             kv = 0  # the model keeps its own, for a batch at a time: a block stands for a request
             scheduler = self._scheduler(residency.mode, _UNBOUNDED, self.options.max_num_seqs)
         experts = sum(layer.nbytes for layer in layers)
@@ -134,7 +137,7 @@ class _Opening:
             PATIENCE[mode],
         )
 
-    def _mode(self, skeletons: Skeletons, refusal: str | None) -> str:
+    def _mode(self, skeletons: Skeletons, unmixable: str | None) -> str:
         """Where the rows go, by what was asked, what the family can and what memory there is."""
         asked = self.options.mode
         row, variants = skeletons.layout.nbytes, len(self.artifact.variants)
@@ -146,13 +149,9 @@ class _Opening:
         }
         if self.device.type == "cpu":
             needs["swap"] += variants * row  # the same memory
-        if asked == "mixed" and refusal is not None:
-            self.note(f"{refusal}: mixed batches are not possible, `resident` or `swap` is used")
-        order = ["mixed", "resident", "swap"] if asked in ("auto", "mixed") else [asked]
-        if refusal is not None and "mixed" in order:
-            order.remove("mixed")
-        if asked == "mixed" and refusal is None:
-            order = ["mixed"]
+        order = [asked]
+        if asked == "auto" or (asked == "mixed" and unmixable):
+            order = ["resident", "swap"] if unmixable else ["mixed", "resident", "swap"]
         for mode in order:
             if needs[mode] <= free:
                 return mode
@@ -201,7 +200,7 @@ class _Opening:
         except Exception as error:  # of transformers' modeling code, which meets our functions here
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if residency.mode == "mixed":
-                self.note(f"{reason}: batches of one variant are used")
+                self.note(f"{reason}: batches are of one variant")
                 return self._probed(skeletons, rows, Resident(skeletons, rows))
             return residency, cache, reason
 

@@ -5,8 +5,9 @@ repetition, frequency and presence penalties, `temperature`, `min_p`, `top_k` an
 Tokens that tie with the last one that `top_k` or `top_p` keeps are kept, too.
 
 A row's token depends on nothing but the row: sums, whose order varies with the batch, are of
-integers. The draw inverts the distribution in the order of the vocabulary, so that logits that
-differ in their last bits seldom lead to another token.
+integers. The draw is the largest sum of logit and Gumbel noise, which is a hash of the sequence's
+key and the token: logits that differ in their last bits lead to another token only if the two
+largest sums are as near, and not, as inverting the distribution would, near any token's boundary.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ from moecc.runtime.request import Sampling, TokenLogprob
 
 _GREEDY = 1e-5  # temperatures below are greedy, as in vLLM
 _WEIGHT = 2.0**40  # of the likeliest token; an int64 holds the sum of 2**22 of them
+_NOISE = 2**23  # logits that get their noise at once: 128 MiB of temporaries
+
+# SplitMix64's constants, as int64.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIXES = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 class LogitsError(ValueError):
@@ -38,7 +44,7 @@ class Choice:
     """How one sequence chooses its tokens, and what that needs of its past.
 
     Attributes:
-        uniform: decides the next token, in [0, 1). Only `observe` draws another, so that a step
+        key: an int64 that decides the next token. Only `observe` draws another, so that a step
             may be done again.
         tokens, counts: those that penalties look at, and how often each was generated.
     """
@@ -46,7 +52,7 @@ class Choice:
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.sampling = sampling
         self._random = random.Random(sampling.seed)
-        self.uniform = self._random.random()
+        self.key = self._draw_key()
         repeats = sampling.repetition_penalty != 1.0
         self._penalizes = bool(repeats or sampling.frequency_penalty or sampling.presence_penalty)
         self._place = {t: place for place, t in enumerate(dict.fromkeys(prompt if repeats else ()))}
@@ -55,13 +61,16 @@ class Choice:
 
     def observe(self, token: int) -> None:
         """Goes on to the next token after this one was chosen."""
-        self.uniform = self._random.random()
+        self.key = self._draw_key()
         if self._penalizes:
             place = self._place.setdefault(token, len(self.tokens))
             if place == len(self.tokens):
                 self.tokens.append(token)
                 self.counts.append(0)
             self.counts[place] += 1
+
+    def _draw_key(self) -> int:
+        return self._random.getrandbits(64) - 2**63
 
 
 def check_tokens(sampling: Sampling, vocab: int) -> None:
@@ -144,12 +153,9 @@ def _draw(values: Tensor, choices: Sequence[Choice]) -> Tensor:
     """A token int64 [S] for each row of finite float32 [S, vocab], which it overwrites."""
     samplings = [choice.sampling for choice in choices]
     vocab = values.shape[1]
-    settings = [
-        (c.uniform, s.temperature, s.min_p, s.top_p, min(s.top_k or vocab, vocab))
-        for c, s in zip(choices, samplings, strict=True)
-    ]
+    settings = [(s.temperature, s.min_p, s.top_p, min(s.top_k or vocab, vocab)) for s in samplings]
     columns = _tensor(settings, torch.float64, values).T.unsqueeze(-1)
-    uniform, temperature, min_p, top_p, top_k = columns.unbind()
+    temperature, min_p, top_p, top_k = columns.unbind()
     # The likeliest becomes 0, so that a small temperature cannot overflow.
     values.sub_(values.amax(-1, keepdim=True)).div_(temperature.to(torch.float32))
     if any(s.min_p for s in samplings):
@@ -159,11 +165,39 @@ def _draw(values: Tensor, choices: Sequence[Choice]) -> Tensor:
         rows = _tensor(cut, torch.int64, values)
         part = values[rows]
         values[rows] = part.masked_fill_(part < _least(part, top_k[rows], top_p[rows]), -math.inf)
-    mass = _weights(values).cumsum(-1)
-    # Less than all mass, rounded or not: a float64 below 1 is at most 1 - 2**-53.
-    target = (uniform * mass[:, -1:]).to(torch.int64)
-    # The first token with more mass than that up to it: it has some itself.
-    return torch.searchsorted(mass, target, right=True).squeeze(-1)
+    _add_noise(values, _tensor([[choice.key] for choice in choices], torch.int64, values))
+    return values.argmax(-1)  # the first of equals
+
+
+def _add_noise(values: Tensor, keys: Tensor) -> None:
+    """Adds to float32 [S, vocab] standard Gumbel noise, by the keys int64 [S, 1].
+
+    A row's noise depends on nothing but its key, and is at most 37.5 and at least -2.9.
+    """
+    vocab = values.shape[1]
+    rows = max(_NOISE // vocab, 1)
+    for part, part_keys in zip(torch.split(values, rows), torch.split(keys, rows), strict=True):
+        places = _shifted(_hashes(part_keys, vocab), 11).to(torch.float32)
+        # Uniform in (0, 1). Small numbers make the large noise, which wins: so they keep all their
+        # digits, and `log1p` does not lose them as the log of a number near 1 would.
+        uniform = places.add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-24)
+        part.sub_(uniform.neg_().log1p_().neg_().log_())
+
+
+def _hashes(keys: Tensor, vocab: int) -> Tensor:
+    """The first outputs of SplitMix64 for each seed int64 [S, 1]: int64 [S, vocab].
+
+    Products wrap around, on all devices alike.
+    """
+    mixed = torch.arange(1, vocab + 1, device=keys.device) * _GOLDEN + keys
+    for shift, factor in _MIXES:
+        mixed.bitwise_xor_(_shifted(mixed, shift)).mul_(factor)
+    return mixed.bitwise_xor_(_shifted(mixed, 31))
+
+
+def _shifted(bits: Tensor, count: int) -> Tensor:
+    """int64 shifted right as if it had no sign, which torch would repeat."""
+    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _least(values: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -33,7 +33,17 @@ _ELEMENTWISE = frozenset(
         "__truediv__",
     ]
 )
-_SAME_SHAPE = frozenset(["float", "to", "type", "type_as", "detach", "contiguous", "neg", "exp"])
+# Of an activation, by a weight.
+_IN_PLACE = frozenset(
+    ["__iadd__", "__imul__", "__isub__", "__itruediv__", "add_", "mul_", "sub_", "div_"]
+)
+_SAME_SHAPE = frozenset(
+    [
+        *("float", "half", "bfloat16", "to", "type", "type_as", "detach", "contiguous", "clone"),
+        *("neg", "__neg__", "abs", "exp", "sqrt", "rsqrt", "square"),
+        *("sigmoid", "softplus", "tanh"),
+    ]
+)
 # What may be asked of a weight without its values.
 _QUERIES = {
     getattr(Tensor, name).__get__
@@ -71,15 +81,19 @@ class Stacked(Tensor):
                 return _FUNCTIONS[func](*args, **kwargs)
             if name in _ELEMENTWISE:
                 return _elementwise(func, *args, **kwargs)
+            if name in _IN_PLACE and not isinstance(args[0], Stacked):
+                return _elementwise(func, *args, **kwargs)
             if func in _QUERIES or not isinstance(args[0], Stacked):
                 return func(*args, **kwargs)
-            if name in _SAME_SHAPE:
+            if name in _SAME_SHAPE or (name == "clamp" and _only_numbers(args[1:], kwargs)):
                 return Stacked.of(func(args[0].stack, *args[1:], **kwargs))
             if name == "squeeze" and len(args) == 1:
                 shape = [n for n in args[0].shape if n != 1]
                 return Stacked.of(args[0].stack.view(-1, *shape))
             if name == "unsqueeze" and args[1] == 0:
                 return gathered(args[0])
+            if name == "__getitem__" and isinstance(args[1], Tensor):
+                return _looked_up(*args)
             if name == "__getitem__" and isinstance(args[1], tuple) and args[1][0] is None:
                 index = (slice(None), *args[1][1:])
                 return gathered(args[0])[index]
@@ -95,6 +109,19 @@ class Stacked(Tensor):
 def gathered(weight: Stacked) -> Tensor:
     """Each row's own weight, `[rows, *shape]`."""
     return weight.stack[_rows().variants]
+
+
+def _looked_up(weight: Stacked, index: Tensor) -> Tensor:
+    """`weight[index]`, where each row of an index looks into its own variant's weight."""
+    _check_rows(index)
+    if index.dtype == torch.bool or isinstance(index, Stacked):
+        raise RuntimeUnfitError("a mask of a per-variant weight is not known in mixed batches")
+    variants = _rows().variants
+    return weight.stack[variants.view(-1, *[1] * (index.dim() - 1)), index]
+
+
+def _only_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return not any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
 
 
 def _rows() -> step.Rows:

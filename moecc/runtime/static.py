@@ -7,6 +7,7 @@ as in continuous batches, by hooks into `generate`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,34 @@ from moecc.runtime.residency import Residency
 # which of them ended; None ends a row without a token.
 Next = Callable[[Tensor, list[int]], list[tuple[int, bool] | None]]
 
+_PADDED_LAYERS = {
+    *("full_attention", "sliding_attention", "attention"),
+    *("linear_attention", "mamba", "conv", "moe"),
+}
+
 
 class StaticRunner:
-    """Generates for batches of prompts."""
+    """Generates for batches of prompts.
 
-    def __init__(self, residency: Residency, device: torch.device) -> None:
+    `pads` says whether prompts of several lengths may be in one; else each length has its own.
+    """
+
+    def __init__(self, residency: Residency, device: torch.device, pads: bool) -> None:
         self._residency = residency
         self._device = device
+        self._pads = pads
+
+    def run(self, variant: int, prompts: Sequence[Sequence[int]], limit: int, next_: Next) -> None:
+        """Calls `next_` for every step until all rows have ended, at most `limit` times a batch."""
+        groups: dict[int, list[int]] = {}  # by length now: prompts grow as tokens are accepted
+        for row, prompt in enumerate(prompts):
+            groups.setdefault(0 if self._pads else len(prompt), []).append(row)
+        for rows in groups.values():
+            of_group = partial(_renumbered, next_, rows)
+            self._run(variant, [prompts[row] for row in rows], limit, of_group)
 
     @torch.inference_mode()
-    def run(self, variant: int, prompts: Sequence[Sequence[int]], limit: int, next_: Next) -> None:
-        """Calls `next_` for every step until all rows have ended, at most `limit` times."""
+    def _run(self, variant: int, prompts: Sequence[Sequence[int]], limit: int, next_: Next) -> None:
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         model = self._residency.activate(variant)
@@ -51,6 +69,21 @@ class StaticRunner:
             logits_processor=LogitsProcessorList([rows.process]),
             stopping_criteria=StoppingCriteriaList([rows.ended]),
         )
+
+
+def pads(model: Any) -> bool:
+    """Whether a prompt gives the same answer when it is padded to the length of another.
+
+    Sparse attention, compressed blocks and lightning attention see the padding.
+    """
+    if model.config.is_encoder_decoder:
+        return True
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["unknown"])
+    return bool(getattr(model, "_is_stateful", False)) and kinds <= _PADDED_LAYERS
+
+
+def _renumbered(next_: Next, rows: list[int], logits: Tensor, live: list[int]) -> Any:
+    return next_(logits, [rows[row] for row in live])
 
 
 def _pad(values: Sequence[int], length: int, pad: int, left: bool) -> list[int]:

@@ -85,6 +85,19 @@ def running(step: Step) -> Iterator[None]:
 
 
 @contextmanager
+def repeated(times: int) -> Iterator[None]:
+    """Inside, every row stands `times` times in a row."""
+    step = current()
+    before = step.rows if step is not None else None
+    if step is not None and before is not None:
+        spans = [Span(s.variant, s.start * times, s.stop * times) for s in before.spans]
+        step.rows = Rows(tuple(spans), before.device)
+    yield
+    if step is not None:
+        step.rows = before
+
+
+@contextmanager
 def own_order() -> Iterator[None]:
     """Inside, rows are in an order of their own: a per-variant weight must not take them."""
     step = current()
