@@ -167,6 +167,15 @@ class Artifact:
 
     def non_expert(self, variant: str) -> dict[str, StoredTensor]:
         """canonical name -> tensor outside the experts."""
+        if variant not in self._non_expert:
+            self._non_expert[variant] = self._read_non_expert(variant)
+        return self._non_expert[variant]
+
+    @cached_property
+    def _non_expert(self) -> dict[str, dict[str, StoredTensor]]:
+        return {}
+
+    def _read_non_expert(self, variant: str) -> dict[str, StoredTensor]:
         with self._reading_table(variant) as table:
             found = {
                 name: StoredTensor(

@@ -18,10 +18,18 @@ from torch import Tensor
 
 from moecc.errors import RequestError
 from moecc.runtime.request import Sampling
-from moecc.runtime.sampling import Choice, LogitsError, check_tokens, choose
+from moecc.runtime.sampling import (
+    Choice,
+    LogitsError,
+    _add_noise,
+    _hashes,
+    check_tokens,
+    choose,
+)
 
 INF = math.inf
-LAST = 1 - 2**-53  # the largest uniform
+GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+WRAP = 2**64
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -45,19 +53,69 @@ def tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
     return [token for token, _ in choose(logits, choices)]
 
 
-def pick(logits: Sequence[float], choice: Choice, uniform: float | None = None) -> int:
-    """The token of one row, for a given random number."""
-    if uniform is not None:
-        choice.uniform = uniform
+def pick(logits: Sequence[float], choice: Choice, key: int | None = None) -> int:
+    """The token of one row, for a given key."""
+    if key is not None:
+        choice.key = key
     return tokens(torch.tensor([logits]), [choice])[0]
 
 
+def hashed(key: int, token: int) -> int:
+    """SplitMix64, with Python's integers."""
+    z = (key + (token + 1) * GOLDEN) % WRAP
+    z = (z ^ z >> 30) * FIRST % WRAP
+    z = (z ^ z >> 27) * SECOND % WRAP
+    return z ^ z >> 31
+
+
+def key_of(hash_: int, token: int) -> int:
+    """The key with which a token has this hash."""
+
+    def unshifted(x: int, count: int) -> int:
+        z = x
+        for _ in range(64 // count):
+            z = x ^ z >> count
+        return z
+
+    z = unshifted(hash_, 31) * pow(SECOND, -1, WRAP) % WRAP
+    z = unshifted(z, 27) * pow(FIRST, -1, WRAP) % WRAP
+    z = (unshifted(z, 30) - (token + 1) * GOLDEN) % WRAP
+    return z - WRAP if z >= WRAP // 2 else z
+
+
+def favor(token: int) -> int:
+    """The key that gives a token the most noise there is, 37.4."""
+    return key_of(0, token)
+
+
+def hinder(token: int) -> int:
+    """The key that gives a token the least noise there is, -2.8."""
+    return key_of(WRAP - 1, token)
+
+
+def gumbel(key: int, token: int) -> float:
+    """A token's noise: -log(-log(1 - v)), of v that is rounded as a float32 is."""
+    v = float(np.float32(((hashed(key, token) >> 11) + 0.5) * 2.0**-53))
+    return -math.log(-math.log1p(-min(v, 1 - 2**-24)))
+
+
+def keys_of(seed: int, count: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.getrandbits(64) - 2**63 for _ in range(count)]
+
+
+def noise(keys: Sequence[int], vocab: int, device: str = "cpu") -> Tensor:
+    values = torch.zeros(len(keys), vocab, device=device)
+    _add_noise(values, torch.tensor(keys, device=device)[:, None])
+    return values
+
+
 def support(logits: Sequence[float], sampling: Sampling) -> set[int]:
-    """The tokens that can be chosen, of logits that give each a hundredth at least."""
-    choices = [Choice(sampling, ()) for _ in range(400)]
-    for step, choice in enumerate(choices):
-        choice.uniform = step / 400
-    return set(tokens(torch.tensor(logits).expand(400, -1), choices))
+    """The tokens that can be chosen, of logits less than 30 apart."""
+    choices = [Choice(sampling, ()) for _ in logits]
+    for token, choice in enumerate(choices):
+        choice.key = favor(token)
+    return set(tokens(torch.tensor(logits).expand(len(logits), -1), choices))
 
 
 def distribution(
@@ -101,15 +159,18 @@ SAMPLINGS = st.builds(
     logit_bias=st.sampled_from([(), ((3, 2.5), (0, -100.0), (3, 1.0))]),
 )
 TOKENS = st.lists(st.integers(0, 36), max_size=6)
+KEYS = st.one_of(
+    st.integers(-(2**63), 2**63 - 1), st.integers(0, 36).map(favor), st.integers(0, 36).map(hinder)
+)
 
 
 @settings(max_examples=300, deadline=None)
-@given(SAMPLINGS, TOKENS, TOKENS, st.floats(0, LAST), st.integers(0, 999), st.booleans())
+@given(SAMPLINGS, TOKENS, TOKENS, KEYS, st.integers(0, 999), st.booleans())
 def test_reference(
     sampling: Sampling,
     prompt: list[int],
     generated: list[int],
-    uniform: float,
+    key: int,
     seed: int,
     coarse: bool,
 ) -> None:
@@ -117,11 +178,99 @@ def test_reference(
     if coarse:  # ties
         logits = logits.round()
     p = distribution(logits.tolist(), sampling, prompt, generated)
-    mass = p.cumsum()
-    token = pick(logits.tolist(), past(sampling, prompt, generated), uniform)
-    near = {int(np.searchsorted(mass, u, "right")) for u in (uniform - 1e-5, uniform + 1e-5)}
-    assert min(near) <= token <= max(near)
+    token = pick(logits.tolist(), past(sampling, prompt, generated), key)
+    with np.errstate(divide="ignore"):
+        scores = np.log(p) + [gumbel(key, token) for token in range(37)]
+    assert scores[token] > scores.max() - 1e-3
     assert p[token] > 0
+
+
+def test_tokens_of_seeds() -> None:
+    logits = torch.randn(400, 60, generator=torch.Generator().manual_seed(0)) * 3
+    choice = Choice(Sampling(seed=9, temperature=0.7), ())
+    for row, key in zip(logits.tolist(), keys_of(9, 400), strict=True):
+        scores = [value / 0.7 + gumbel(key, token) for token, value in enumerate(row)]
+        token = pick(row, choice)
+        assert token == scores.index(max(scores))
+        assert pick(row, choice) == token  # until it is observed
+        choice.observe(token)
+
+
+def test_hashes() -> None:
+    # What Vigna's splitmix64.c gives first for the seeds 0 and 1234567.
+    known = [
+        (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F),
+        (6457827717110365317, 3203168211198807973, 9817491932198370423),
+    ]
+    found = _hashes(torch.tensor([[0], [1234567]]), 3)
+    assert [[value % WRAP for value in row] for row in found.tolist()] == [list(k) for k in known]
+    keys = [0, -1, -(2**63), 2**63 - 1, favor(7), hinder(7)]
+    found = _hashes(torch.tensor(keys)[:, None], 200)
+    for key, row in zip(keys, found.tolist(), strict=True):
+        assert [value % WRAP for value in row] == [hashed(key, token) for token in range(200)]
+    assert found[4:, 7].tolist() == [0, -1]
+
+
+def test_noise() -> None:
+    keys = keys_of(3, 10)
+    found = noise(keys, 500)
+    expected = [[gumbel(key, token) for token in range(500)] for key in keys]
+    assert torch.allclose(found.double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-6)
+    assert scipy.stats.kstest(found.flatten(), "gumbel_r").pvalue > 0.01
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 1000, 2**24 - 1, 2**30 + 1, 2**40 + 12345])
+def test_noise_at_the_ends(place: int) -> None:
+    small, large = key_of(place << 11, 3), key_of(WRAP - 1 - (place << 11), 3)
+    found = noise([small, large], 5)[:, 3].tolist()
+    exact = -math.log(-math.log1p(-(place + 0.5) * 2.0**-53))
+    assert found[0] == pytest.approx(exact, rel=3e-7)  # no two likely places are one
+    assert found[1] == pytest.approx(gumbel(large, 3), rel=3e-7)
+    assert -2.82 < found[1] < found[0] < 37.5
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 16, 1003, 4099])
+def test_noise_does_not_depend_on_the_batch(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = keys_of(vocab, 60)
+    alone = torch.cat([noise([key], vocab) for key in keys])
+    assert torch.equal(noise(keys, vocab), alone)
+    assert torch.equal(noise(keys[::-3], vocab), alone.flip(0)[::3])
+    for count in (1, vocab, 7 * vocab + 1, 59 * vocab, 60 * vocab):
+        monkeypatch.setattr("moecc.runtime.sampling._NOISE", count)
+        assert torch.equal(noise(keys, vocab), alone)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_devices() -> None:
+    keys = keys_of(0, 50)
+    seeds = torch.tensor([*keys, favor(5), hinder(5)])[:, None]
+    assert torch.equal(_hashes(seeds.cuda(), 3000).cpu(), _hashes(seeds, 3000))
+    assert torch.allclose(noise(keys, 3000, "cuda").cpu(), noise(keys, 3000), rtol=1e-6, atol=1e-6)
+    logits, choices = mixed(200, 1003, seed=8)
+    assert tokens(logits.cuda(), choices) == tokens(logits, choices)
+
+
+def zipf(vocab: int) -> Tensor:
+    """Logits of a language: the n-th likeliest token is n times rarer than the likeliest."""
+    order = torch.randperm(vocab, generator=torch.Generator().manual_seed(vocab))
+    return 15 - (order + 1.0).log()
+
+
+def test_rounding_seldom_leads_to_another_token() -> None:
+    logits, generator = zipf(3000), torch.Generator().manual_seed(1)
+    choices = [Choice(Sampling(seed=seed), ()) for seed in range(200)]
+    flips = {1e-6: 0, 1e-2: 0}
+    for step in range(102):
+        expected = tokens(logits.expand(200, -1), choices)
+        # That large errors do lead to other tokens shows that errors matter at all.
+        for size in (1e-6, 1e-2) if step < 5 else (1e-6,):
+            errors = 1 + size * torch.randn(200, 3000, generator=generator)
+            found = tokens(logits * errors, choices)
+            flips[size] += sum(a != b for a, b in zip(found, expected, strict=True))
+        for choice, token in zip(choices, expected, strict=True):
+            choice.observe(token)
+    assert flips[1e-6] < 20400 / 20000
+    assert flips[1e-2] > 10
 
 
 @pytest.mark.parametrize(
@@ -162,11 +311,19 @@ def test_first_tokens_of_seeds_are_spread() -> None:
     assert scipy.stats.chisquare(counts, p * 3000).pvalue > 0.01
 
 
+def test_frequencies_of_a_large_vocabulary() -> None:
+    logits = zipf(500)
+    choices = [Choice(Sampling(seed=seed), ()) for seed in range(20000)]
+    found = np.bincount(tokens(logits.expand(20000, -1), choices), minlength=500)
+    p = softmax(logits.double().numpy())
+    assert scipy.stats.chisquare(found, p * 20000).pvalue > 0.01
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 9e-6])
 def test_greedy(temperature: float) -> None:
     choice = Choice(Sampling(temperature=temperature, top_k=2, top_p=0.5, min_p=0.1), ())
-    assert pick([0.5, 2.0, -1.0, 2.0], choice, LAST) == 1  # the first of equals
-    assert pick([-INF, -5.0, -INF], choice, 0.0) == 1
+    assert pick([0.5, 2.0, -1.0, 2.0], choice, favor(3)) == 1  # the first of equals
+    assert pick([-INF, -5.0, -INF], choice, favor(0)) == 1
     assert pick([1.0, 1.0 + 2**-23], choice) == 1
     assert tokens(torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16), [choice]) == [1]
 
@@ -188,31 +345,36 @@ def test_ties_with_the_last_one_are_kept() -> None:
     assert support([0.0] * 4, Sampling(top_p=0.5)) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1e-300, 0.5, LAST])
+@pytest.mark.parametrize("key", [favor(0), favor(2), hinder(1), hinder(2), 0, -1])
 @pytest.mark.parametrize("more", [{}, {"top_k": 3}, {"top_p": 0.999}, {"min_p": 1e-9}])
-def test_impossible_tokens_are_never_chosen(uniform: float, more: dict[str, float]) -> None:
+def test_impossible_tokens_are_never_chosen(key: int, more: dict[str, float]) -> None:
     choice = Choice(Sampling(**more), ())  # type: ignore[arg-type]
-    assert pick([-INF, -INF, 1.0, -INF], choice, uniform) == 2
-    assert pick([-200.0, 5.0, -300.0], choice, uniform) == 1
-    assert pick([-3e38, -3e38, 3e38], choice, uniform) == 2
+    assert pick([-INF, -INF, 1.0, -INF], choice, key) == 2
+    assert pick([-200.0, 5.0, -300.0], choice, key) == 1
+    assert pick([-3e38, -3e38, 3e38], choice, key) == 2
+    assert pick([-3e38, -INF, -INF], choice, key) == 0
+    assert pick([1.0], choice, key) == pick([-3e38], choice, key) == 0
 
 
 def test_ends_of_the_distribution() -> None:
     choice = Choice(Sampling(), ())
-    assert pick([0.0] * 1000, choice, 0.0) == 0
-    assert pick([0.0] * 1000, choice, LAST) == 999
-    assert pick([0.0] * 1000, choice, 0.5) == 500  # in the order of the vocabulary
-    assert pick([0.0, -20.0], choice, LAST) == 1  # two billionths, but there
-    for count in (16383, 16384, 16385, 30000):  # sums that a float64 does not hold exactly
-        assert pick([0.0] * count + [-26.5, -INF], choice, LAST) in (count - 1, count)
+    assert pick([0.0] * 1000, choice, favor(0)) == 0
+    assert pick([0.0] * 1000, choice, favor(999)) == 999
+    assert pick([0.0, -30.0], choice, favor(1)) == 1  # a ten-trillionth, but there
+    assert pick([0.0, -41.0], choice, favor(1)) == 0
+    assert pick([0.0, 0.0], choice, hinder(0)) == 1
+    assert pick([5.0, -45.0], choice, hinder(0)) == 0
+    for count in (16383, 16384, 16385, 30000):
+        assert pick([0.0] * count + [-20.0, -INF], choice, favor(count)) == count
+        assert pick([0.0] * count + [-20.0, -INF], choice, favor(count + 1)) < count
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-3])
 def test_small_temperatures(temperature: float) -> None:
     choice = Choice(Sampling(temperature=temperature), ())
-    assert pick([1e30, 3e38, -3e38, 5.0], choice, LAST) == 1
-    assert pick([7.0, 7.0], choice, 0.4) == 0
-    assert pick([7.0, 7.0], choice, 0.6) == 1
+    assert pick([1e30, 3e38, -3e38, 5.0], choice, favor(0)) == 1
+    assert pick([7.0, 7.0], choice, favor(0)) == 0
+    assert pick([7.0, 7.0], choice, favor(1)) == 1
 
 
 @pytest.mark.parametrize(

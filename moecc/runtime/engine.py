@@ -66,7 +66,7 @@ class Engine:
         self._continuous = isinstance(runner, PagedRunner)
         self._scheduler = scheduler
         self._policy = policy
-        self._memory = memory
+        self._memory = dict(memory)
         self._close = close
         self._encodes = encodes
         self._answers: dict[str, Answer] = {}
@@ -170,6 +170,7 @@ class Engine:
         with self._changed:
             close, self._close = self._close, lambda: None
             self._runner = self._residency = None  # whoever keeps the engine keeps no weights
+            self._memory = dict.fromkeys(self._memory, 0)
         close()
 
     # The engine's own thread

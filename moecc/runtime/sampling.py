@@ -25,7 +25,7 @@ from moecc.runtime.request import Sampling, TokenLogprob
 
 _GREEDY = 1e-5  # temperatures below are greedy, as in vLLM
 _WEIGHT = 2.0**40  # of the likeliest token; an int64 holds the sum of 2**22 of them
-_NOISE = 2**23  # logits that get their noise at once: 128 MiB of temporaries
+_NOISE = 2**20  # logits that get their noise at once: 16 MiB of temporaries, which caches hold
 
 # SplitMix64's constants, as int64.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
