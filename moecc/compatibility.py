@@ -42,12 +42,13 @@ def compare(variants: list[tuple[Checkpoint, Architecture, Layout]]) -> None:
                 f"but `{pair[1]}` is `{other_architecture.class_name}`",
                 "all variants must be fine-tunes of one base model",
             )
-        _compare_configs(pair, first.config, other.config)
+        compare_configs(pair, first.config, other.config)
         _compare_architectures(pair, architecture, other_architecture)
         _compare_non_expert(pair, (first, layout), (other, other_layout))
 
 
-def _compare_configs(pair: tuple[str, str], a: dict[str, Any], b: dict[str, Any]) -> None:
+def compare_configs(pair: tuple[str, str], a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Checks that two models compute the same function of their weights; raises SourceError."""
     left, right = (_flat(load_config(n, c).to_dict()) for n, c in zip(pair, (a, b), strict=True))
     known = _flat(_default_config(str(a["model_type"])))
     rope_types = {str(value) for key, value in left.items() if key.endswith("rope_type")}

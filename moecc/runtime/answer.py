@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from moecc.runtime.request import Finish, FinishReason, Output, Timing, TokenLog
 from moecc.runtime.sampling import Choice
 from moecc.runtime.sequence import Sequence
 from moecc.runtime.text import TextStream
+
+log = logging.getLogger(__name__)
 
 Deliver = Callable[[Output], None]
 
@@ -41,8 +44,8 @@ class Answer:
         self.limit = limit
         self._left = limit
 
-    def accept(self, token: int, logprob: TokenLogprob | None) -> bool:
-        """Takes the next token and delivers it; True if it was the last."""
+    def accept(self, token: int, logprob: TokenLogprob | None) -> Output:
+        """Takes the next token; what to deliver of it."""
         sequence = self.sequence
         sequence.tokens.append(token)
         if sequence.first_token is None:
@@ -55,27 +58,33 @@ class Answer:
         logprobs = () if logprob is None else (logprob,)
         if token in self._ends or stop is not None:
             by = token if stop is None else stop
-            self.finish("stop", text=text, tokens=(token,), logprobs=logprobs, stopped_by=by)
-            return True
-        if not self._left:
-            self.finish("length", text=text, tokens=(token,), logprobs=logprobs)
-            return True
-        self._deliver(Output(text, (token,), logprobs))
-        return False
+            return self._last("stop", text, (token,), logprobs, stopped_by=by)
+        if self._left <= 0:
+            return self._last("length", text, (token,), logprobs)
+        return Output(text, (token,), logprobs)
 
-    def finish(
+    def deliver(self, output: Output) -> None:
+        """Gives an output to whoever waits; what goes wrong there is not the engine's."""
+        try:
+            self._deliver(output)
+        except Exception:
+            log.exception("an output of request `%s` was not taken", self.sequence.request.id)
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        """Delivers an end without a token."""
+        self.deliver(self._last(reason, error=error))
+
+    def _last(
         self,
         reason: FinishReason,
-        *,
         text: str = "",
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         stopped_by: str | int | None = None,
         error: str | None = None,
-    ) -> None:
-        """Delivers the last output."""
+    ) -> Output:
         s = self.sequence
         timing = Timing(s.arrived, s.started, s.first_token, time.monotonic())
         if self._text is not None and not isinstance(stopped_by, str):
             text += self._text.finish()
-        self._deliver(Output(text, tokens, logprobs, Finish(reason, timing, stopped_by, error)))
+        return Output(text, tokens, logprobs, Finish(reason, timing, stopped_by, error))

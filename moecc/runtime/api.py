@@ -11,6 +11,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from jinja2 import TemplateError
+
 from moecc.errors import BusyError, MoeccError, RequestError
 from moecc.runtime.engine import Engine
 from moecc.runtime.opening import Note, open_engine
@@ -83,12 +85,14 @@ class Served:
             for request in requests:
                 while (queue := self._submitted(request)) is None:  # the engine's queue is full
                     if running:
-                        found.append(_completion(*running.popleft()))
+                        found.append(_completion(*running[0]))
+                        running.popleft()
                     else:
                         time.sleep(BUSY_SECONDS)
                 running.append((request, queue))
             while running:
-                found.append(_completion(*running.popleft()))
+                found.append(_completion(*running[0]))
+                running.popleft()
         finally:
             for request, _ in running:
                 self.engine.cancel(request.id)
@@ -132,9 +136,15 @@ class Served:
         tokenizer = self.engine.tokenizer(variant)
         if isinstance(prompt, str):
             return tuple(tokenizer(prompt)["input_ids"]), True
-        encoded = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, return_dict=True
-        )
+        if not all(isinstance(message, Mapping) for message in prompt):
+            raise RequestError("a prompt is text, token ids or messages", param="prompt")
+        try:
+            encoded = tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, return_dict=True
+            )
+        except (ValueError, TypeError, KeyError, TemplateError) as error:
+            what = str(error).splitlines()[0]
+            raise RequestError(f"the chat template refuses: {what}", param="messages") from None
         return tuple(encoded["input_ids"]), True
 
     def _submit(self, request: Request) -> SimpleQueue[Output]:

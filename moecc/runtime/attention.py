@@ -188,6 +188,8 @@ def window_mask(
     """
     size = local_size or 1
     near = torch.tensor([0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1])
+    if local_size is None:
+        near = torch.tensor([0, 1, 2, 3, 1 << 7, 1 << 13])  # a window that nobody told of
     query, key = near[:, None], near[None, :]
     expected = key <= query
     if local_size is not None:

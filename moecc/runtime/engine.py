@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections import Counter
@@ -22,6 +23,10 @@ from moecc.runtime.sampling import Choice, LogitsError, check_tokens, choose
 from moecc.runtime.scheduler import Batch, Scheduler
 from moecc.runtime.sequence import Sequence
 from moecc.runtime.static import StaticRunner
+
+QUIET_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +57,16 @@ class Engine:
         scheduler: Scheduler,
         policy: str,
         memory: Mapping[str, int],
+        on_quiet: Callable[[], None],
         close: Callable[[], None],
         encodes: bool = False,
     ) -> None:
-        """`encodes`: prompts go to an encoder, and answers have the length to themselves."""
+        """
+        Args:
+            on_quiet: called on the engine's thread when there was nothing to do for a while.
+            close: frees what is not just memory of torch.
+            encodes: prompts go to an encoder, and answers have the length to themselves.
+        """
         self._variants = {v.name: v for v in variants}
         self.variants = tuple(self._variants)
         self.base = base
@@ -67,6 +78,7 @@ class Engine:
         self._scheduler = scheduler
         self._policy = policy
         self._memory = dict(memory)
+        self._on_quiet = on_quiet
         self._close = close
         self._encodes = encodes
         self._answers: dict[str, Answer] = {}
@@ -197,11 +209,18 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Sleeps while there is nothing to do; False when it is time to stop."""
         with self._changed:
-            while not self._answers and not self._stopping:
+            if not self._answers:
                 self._batch = {}
-                self._changed.wait()
+            quiet = not self._changed.wait_for(self._is_called, QUIET_SECONDS)
+        if quiet:
+            self._on_quiet()
+        with self._changed:
+            self._changed.wait_for(self._is_called)
             over = not self._answers or time.monotonic() >= self._deadline
             return not (self._stopping and over)
+
+    def _is_called(self) -> bool:
+        return bool(self._answers) or self._stopping
 
     def _expire(self) -> None:
         """Ends requests whose time is over; those of a static batch that runs end there."""
@@ -244,7 +263,10 @@ class Engine:
             seconds = time.perf_counter() - begin
             self._reconfigurations[self._active, name] += 1
             for listener in self._listeners:
-                listener(self._active, name, seconds)
+                try:
+                    listener(self._active, name, seconds)
+                except Exception:
+                    log.exception("a listener failed")
             self._active = name
         upcoming = self._scheduler.upcoming()
         if upcoming is not None:
@@ -268,13 +290,15 @@ class Engine:
         with self._changed:
             for piece in batch.pieces:
                 piece.sequence.computed += piece.count
-            self._in_pass = frozenset()
         for answer, found in zip(sampled, chosen, strict=True):
             self._accept(answer, found)
-        for piece in batch.pieces:
-            left = self._of.get(piece.sequence)
-            if left is not None and left.cancelled:
-                self._end(left, "abort")
+        with self._changed:  # from here on `cancel` ends a request itself
+            self._in_pass = frozenset()
+            left = [a for p in batch.pieces if (a := self._of.get(p.sequence)) and a.cancelled]
+            for answer in left:
+                self._forget(answer)
+        for answer in left:
+            answer.finish("abort")
 
     def _run_static(self, runner: StaticRunner, batch: Batch) -> None:
         answers = [self._of[p.sequence] for p in batch.pieces]
@@ -285,8 +309,12 @@ class Engine:
             live = [answers[row] for row in rows]
             found: list[tuple[int, bool] | None] = []
             for answer, chosen in zip(live, self._choose(logits, live), strict=True):
-                if answer.cancelled or self._late(answer):
-                    self._end(answer, "abort" if answer.cancelled else "timeout")
+                if answer.cancelled or time.monotonic() >= self._deadline:
+                    self._end(answer, "abort")
+                    found.append(None)
+                    continue
+                if self._late(answer):
+                    self._end(answer, "timeout")
                     found.append(None)
                     continue
                 ended = self._accept(answer, chosen)
@@ -297,9 +325,8 @@ class Engine:
         runner.run(answers[0].sequence.variant, [a.sequence.tokens for a in answers], limit, next_)
 
     def _late(self, answer: Answer) -> bool:
-        now = time.monotonic()
         deadline = answer.sequence.deadline
-        return now >= self._deadline or (deadline is not None and now >= deadline)
+        return deadline is not None and time.monotonic() >= deadline
 
     def _accept(self, answer: Answer, found: tuple[int, TokenLogprob | None] | Exception) -> bool:
         """Gives an answer its next token; True if that ended it."""
@@ -307,11 +334,12 @@ class Engine:
             self._end(answer, "error", str(found))
             return True
         self._generated[answer.sequence.request.variant] += 1
-        ended = answer.accept(*found)
-        if ended:
+        output = answer.accept(*found)
+        if output.finish is not None:
             with self._changed:
                 self._forget(answer)
-        return ended
+        answer.deliver(output)
+        return output.finish is not None
 
     def _choose(
         self, logits: Tensor, answers: list[Answer]

@@ -26,7 +26,7 @@ from moecc.runtime import step
 NAME = "moecc"
 REMAP = "moecc_remap"  # name of the module's buffer: logical -> physical expert
 # Weights decoded at once: large ones go one by one, small ones share the cost of each call.
-DECODED_AT_ONCE = 1 << 22
+DECODED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moecc.artifact import Artifact, PoolReader, StoredTensor
 from moecc.checkpoint import TORCH_DTYPES
+from moecc.compatibility import compare_configs
 from moecc.errors import DamagedArtifactError, RuntimeUnfitError, SourceError
 from moecc.manifest import StoredLayer, variant_file
 from moecc.runtime import attention, experts, step
@@ -89,6 +90,11 @@ def skeletons(artifact: Artifact, dtype: str) -> Skeletons:
     not fit the artifact.
     """
     configs = [_config(artifact, variant) for variant in artifact.variants]
+    for variant, config in zip(artifact.variants[1:], configs[1:], strict=True):
+        try:
+            compare_configs((artifact.variants[0], variant), configs[0], config)
+        except SourceError as error:
+            raise DamagedArtifactError(f"`{artifact.path}`: {error.message}") from None
     chosen = _dtype(dtype, configs[artifact.variants.index(artifact.base)], artifact)
     experts.install()
     attention.install()

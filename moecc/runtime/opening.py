@@ -56,6 +56,11 @@ def open_engine(
             _verify(artifact, on_progress)
         device = devices.resolve(options.gpu)
         return _Opening(artifact, options, device, on_progress, note).engine()
+    except torch.OutOfMemoryError as error:
+        raise RuntimeUnfitError(
+            f"out of memory: {str(error).splitlines()[0]}",
+            "use `--mode swap`, a smaller `--kv-cache`, or free memory",
+        ) from None
     finally:
         artifact.close()
 
@@ -120,6 +125,7 @@ class _Opening:
             scheduler=scheduler,
             policy=self.options.policy,
             memory=memory,
+            on_quiet=lambda: devices.trim(self.device),
             close=lambda: devices.release(self.device, pinned),
             encodes=bool(skeletons.models[0].config.is_encoder_decoder),
         )
@@ -156,10 +162,11 @@ class _Opening:
             if needs[mode] <= free:
                 return mode
         least = min(needs[mode] for mode in order)
+        swap = "use `--mode swap`, " if needs["swap"] <= free else ""
         raise RuntimeUnfitError(
             f"not enough memory on `{self.device}`: the artifact needs {_gib(least)} "
             f"(experts {_gib(skeletons.expert_bytes)}), {_gib(free)} are free",
-            "consolidate with a smaller `budget`, use `--mode swap`, or free memory",
+            f"{swap}consolidate with a smaller `budget`, or free memory",
         )
 
     def _rows(
@@ -309,7 +316,10 @@ def _ends(artifact: Artifact, variant: str, config: Any) -> frozenset[int]:
             raise DamagedArtifactError(f"`{path}` is damaged: {error}") from None
     if ends is None:
         ends = config.eos_token_id
-    return frozenset(ends if isinstance(ends, list) else [ends]) - {None}
+    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(end, int) for end in found):
+        raise DamagedArtifactError(f"`{path}` is damaged: `eos_token_id` is {ends!r}")
+    return frozenset(found)
 
 
 def _gib(nbytes: int) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from moecc.errors import RuntimeUnfitError
 
 Mode = Literal["auto", "mixed", "resident", "swap"]
 Policy = Literal["fifo", "grouped"]
@@ -40,3 +42,16 @@ class Options:
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     verify: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", get_args(Mode)), ("policy", get_args(Policy))):
+            if getattr(self, name) not in known:
+                raise RuntimeUnfitError(
+                    f"`{name}` is one of {', '.join(known)}, not `{getattr(self, name)}`"
+                )
+        for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise RuntimeUnfitError(f"`{name}` must be a whole number, at least 1")
+        if self.gpu is not None and not isinstance(self.gpu, int):
+            raise RuntimeUnfitError("`gpu` is the number of one")

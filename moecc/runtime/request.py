@@ -47,8 +47,12 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise RequestError("`max_tokens` must be at least 1", param="max_tokens")
+        if self.max_tokens is not None and not (
+            isinstance(self.max_tokens, int) and self.max_tokens >= 1
+        ):
+            raise RequestError(
+                "`max_tokens` must be a whole number, at least 1", param="max_tokens"
+            )
         for name, low, high in (
             ("temperature", 0.0, 100.0),
             ("top_p", 0.0, 1.0),

@@ -87,7 +87,7 @@ class Stacked(Tensor):
                 return func(*args, **kwargs)
             if name in _SAME_SHAPE or (name == "clamp" and _only_numbers(args[1:], kwargs)):
                 return Stacked.of(func(args[0].stack, *args[1:], **kwargs))
-            if name == "squeeze" and len(args) == 1:
+            if name == "squeeze" and len(args) == 1 and not kwargs:
                 shape = [n for n in args[0].shape if n != 1]
                 return Stacked.of(args[0].stack.view(-1, *shape))
             if name == "unsqueeze" and args[1] == 0:
@@ -182,6 +182,8 @@ def _of(weight: Any, variant: int) -> Any:
 def _elementwise(func: Callable[..., Any], a: Any, b: Any, **kwargs: Any) -> Any:
     """A weight with a number or its like stays one; with an activation, each row meets its own."""
     plain = b if isinstance(a, Stacked) else a
+    if isinstance(a, Stacked) and isinstance(b, Stacked) and a.dim() != b.dim():
+        raise RuntimeUnfitError("two per-variant weights of different ranks meet")
     if not isinstance(plain, Tensor) or isinstance(plain, Stacked) or plain.dim() == 0:
         return Stacked.of(func(_stack(a), _stack(b), **kwargs))
     _check_rows(plain)
