@@ -20,7 +20,7 @@ _ORDER = """
 
     runtime.request runtime.options runtime.interface runtime.sequence runtime.scheduler
     runtime.sampling runtime.text runtime.answer
-    runtime.step runtime.stacked runtime.experts runtime.attention runtime.devices
+    runtime.step runtime.linear runtime.stacked runtime.experts runtime.attention runtime.devices
     runtime.nonexpert runtime.loading runtime.residency runtime.paged runtime.static
     runtime.engine runtime.opening runtime.api
 

@@ -281,15 +281,16 @@ def _attend(
             q, k, v, attn_mask=mask, scale=form.scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
     groups = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2)).float() * form.scaling
+    dtype = v.dtype
+    q, k, v = (t.float().repeat_interleave(g, dim=1) for t, g in ((q, 1), (k, groups), (v, groups)))
+    scores = (q @ k.transpose(-1, -2)) * form.scaling
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:  # a key that takes attention and gives nothing
         scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(dim=-1)[..., : k.shape[2]]
-    return weights.to(v.dtype) @ v
+    return (weights @ v).to(dtype)
 
 
 def _sinks(s_aux: Tensor | None, tokens: step.Rows) -> Tensor | None:

@@ -22,6 +22,7 @@ from moecc.bank import CENTER_POOL, CENTER_SLOT, NONE, RESIDUAL_POOL, RESIDUAL_S
 from moecc.coding import Coded, Coding, decode
 from moecc.merge import add_residual
 from moecc.runtime import step
+from moecc.runtime.linear import linear
 
 NAME = "moecc"
 REMAP = "moecc_remap"  # name of the module's buffer: logical -> physical expert
@@ -187,7 +188,7 @@ class _Runs:
         start = 0
         weights = slots.weights(self.experts, rows.dtype)
         for weight, stop in zip(weights, self.stops, strict=True):
-            torch.mm(rows[start:stop], weight.t(), out=out[start:stop])
+            out[start:stop] = linear(rows[start:stop], weight)
             start = stop
         bias = layer.projections.get(f"{name}_bias")
         if bias is not None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moecc.runtime.experts import REMAP
+from moecc.runtime.linear import parameter
 from moecc.runtime.loading import Skeletons
 from moecc.runtime.nonexpert import Binding, shared
 from moecc.runtime.stacked import Stacked
@@ -172,7 +173,4 @@ def _weight(name: str, stack: Tensor) -> Tensor:
 
 def _parameters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Made once: a binding then only stores references."""
-    return {
-        name: nn.Parameter(t, requires_grad=False) if t.is_floating_point() else t
-        for name, t in tensors.items()
-    }
+    return {name: parameter(t) if t.is_floating_point() else t for name, t in tensors.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moecc.errors import RuntimeUnfitError
 from moecc.runtime import step
+from moecc.runtime.linear import linear
 
 _ELEMENTWISE = frozenset(
     [
@@ -138,7 +139,7 @@ def _linear(x: Tensor, weight: Stacked, bias: Tensor | None = None) -> Tensor:
     for span in _rows().spans:
         part = slice(span.start, span.stop)
         own = bias.stack[span.variant] if isinstance(bias, Stacked) else bias
-        out[part] = F.linear(flat[part], _of(weight, span.variant), own)
+        out[part] = linear(flat[part], _of(weight, span.variant), own)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
