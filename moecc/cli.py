@@ -243,8 +243,11 @@ def generate(
 ) -> None:
     """Continue a prompt with one variant, greedily."""
     console = _console(as_json, quiet, verbose, no_color)
+    from moecc.artifact import Artifact
     from moecc.runtime.api import load
 
+    with Artifact(artifact) as opened:  # before anything is loaded
+        opened.check_variant(variant)
     with load(artifact, gpu=_gpu(gpu, cpu), note=console.note) as served:
         text = served.generate(variant, prompt, max_tokens=max_new_tokens, temperature=0.0)[0].text
     if as_json:

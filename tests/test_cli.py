@@ -28,7 +28,7 @@ from moecc.errors import RecipeError
 from moecc.export import export
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-COMMANDS = ("consolidate", "inspect", "export", "generate")
+COMMANDS = ("consolidate", "inspect", "export", "generate", "serve")
 PAGES = {"moecc": ["--help"], **{name: [name, "--help"] for name in COMMANDS}}
 ESCAPE = "\x1b"
 COLOR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|9[0-7]|10[0-7]|38;|48;)")

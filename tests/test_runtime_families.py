@@ -188,7 +188,5 @@ class TestMode:
         assert (stats.mode, stats.batching, stats.kv_blocks_total) == (mode, "static", 0)
         expected = [f"{reason}: served in static batches"]
         if asked == "mixed":
-            expected.insert(
-                0, f"{reason}: mixed batches are not possible, `resident` or `swap` is used"
-            )
+            expected.insert(0, f"{reason}: batches are of one variant")
         assert notes == expected
