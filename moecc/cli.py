@@ -54,7 +54,7 @@ Gpu = Annotated[
     typer.Option(
         "--gpu",
         min=0,
-        help="Number of the GPU.  [default: 0 if there is one]",
+        help="Number of the GPU; without it, 0 if there is one.",
         rich_help_panel=DEVICE,
     ),
 ]
@@ -286,7 +286,7 @@ def serve(
         typer.Option(
             "--kv-cache",
             metavar="SIZE",
-            help="Memory for keys and values, as 8GiB.  [default: what is free]",
+            help="Memory for keys and values, as 8GiB; by default what is free.",
             rich_help_panel=DEVICE,
         ),
     ] = None,
@@ -319,7 +319,7 @@ def serve(
         typer.Option(
             "--max-model-len",
             min=1,
-            help="Most tokens of prompt and answer.  [default: the model's]",
+            help="Most tokens of prompt and answer; by default the model's.",
             rich_help_panel=LIMITS,
         ),
     ] = None,
