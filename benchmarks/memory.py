@@ -52,6 +52,7 @@ MB = 1000**2
 ALLOWED = 300 * MB
 ALLOWED_LOADING = ALLOWED + CHUNK_BYTES
 START_SECONDS, STOP_SECONDS = 600, 60
+QUIET_SECONDS = 5  # before a measurement: a server gives memory back when it has nothing to do
 MAX_TOKENS, THREADS = 16, 8
 
 # (size of four variants' experts in bfloat16: 4 * 8 layers * 8 experts * 3 * 512 * 2048 * 2 bytes)
@@ -254,7 +255,7 @@ def at_line(process: subprocess.Popen[str]) -> tuple[Memory, str]:
     line = process.stdout.readline()
     if not line:
         raise SystemExit("a measured process failed")
-    time.sleep(1)
+    time.sleep(QUIET_SECONDS)
     return memory(process.pid), line.strip()
 
 
@@ -292,10 +293,10 @@ class Bench:
             served = server.get("/api/state").get("mode", mode)
             if served != mode:
                 raise SystemExit(f"asked for {mode}, got {served}:\n{server.tail()}")
-            time.sleep(1)
+            time.sleep(QUIET_SECONDS)
             ready = memory(server.pid)
             self.use(server, self.requests)
-            time.sleep(1)
+            time.sleep(QUIET_SECONDS)
             used = memory(server.pid)
             says = {
                 labels["kind"]: int(value)

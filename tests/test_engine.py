@@ -222,7 +222,7 @@ class Bench:
             o["seqs"],
             1 << 40 if static else o["batch_tokens"],
             1 << 40 if static else BLOCK,
-            o["seqs"] if static else o["blocks"],
+            2 * o["seqs"] if static else o["blocks"],
             o["max_waiting"],
             o["patience"],
         )

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
+from moecc.runtime.interface import Deliver
 from moecc.runtime.request import Finish, FinishReason, Output, Timing, TokenLogprob
 from moecc.runtime.sampling import Choice
 from moecc.runtime.sequence import Sequence
 from moecc.runtime.text import TextStream
 
 log = logging.getLogger(__name__)
-
-Deliver = Callable[[Output], None]
 
 
 class Answer:

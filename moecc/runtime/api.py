@@ -69,8 +69,8 @@ class Served:
 
         `variant` is one for all prompts, or one for each. A prompt is a string, token ids, or chat
         messages. `sampling` are the fields of `Sampling`: max_tokens, temperature (0 is greedy),
-        top_p, top_k, min_p, seed, stop, logprobs, ... Raises RequestError for a request that cannot
-        be, and MoeccError if the engine fails.
+        top_p, top_k, min_p, seed, stop, logprobs, ..., and `priority` and `timeout`. Raises
+        RequestError for a request that cannot be, and MoeccError if the engine fails.
         """
         many = _prompts(prompts)
         names = [variant] * len(many) if isinstance(variant, str) else list(variant)
@@ -117,13 +117,16 @@ class Served:
         self.close()
 
     def _request(self, variant: str, prompt: Prompt, sampling: Mapping[str, Any]) -> Request:
+        extra = {key: sampling[key] for key in ("priority", "timeout") if key in sampling}
         try:
-            chosen = Sampling(**_tuples(sampling))
+            chosen = Sampling(**_tuples({k: v for k, v in sampling.items() if k not in extra}))
         except TypeError as error:
             raise RequestError(f"not a field of Sampling: {error}") from None
         tokens, has_tokenizer = self._tokens(variant, prompt)
         number = next(self._numbers)
-        return Request(f"local-{number}", variant, tokens, chosen, detokenize=has_tokenizer)
+        return Request(
+            f"local-{number}", variant, tokens, chosen, detokenize=has_tokenizer, **extra
+        )
 
     def _tokens(self, variant: str, prompt: Prompt) -> tuple[tuple[int, ...], bool]:
         if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):

@@ -39,6 +39,14 @@ def free_bytes(device: torch.device) -> int:
     return min(_available(), _cgroup_free())
 
 
+def headroom(device: torch.device, utilization: float) -> int:
+    """Bytes of a GPU that are to stay unused, when only a part of its memory is to be used."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    _, total = torch.cuda.mem_get_info(device)
+    return int((1 - utilization) * total)
+
+
 def _available() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -55,6 +63,10 @@ def _cgroup_free() -> int:
         folder = Path("/sys/fs/cgroup")
         limit = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
+        for line in (folder / "memory.stat").read_text().splitlines():
+            key, value = line.split()
+            if key in ("inactive_file", "active_file"):  # files kept in memory: given back at need
+                used -= int(value)
         return 1 << 62 if limit == "max" else int(limit) - used
     except (OSError, ValueError):
         return 1 << 62
@@ -90,9 +102,10 @@ def trim(device: torch.device) -> None:
 
 def release(device: torch.device, memory: Tensor | None) -> None:
     """Unlocks what `pinned` locked, and gives back what torch holds of the device unused."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return
     if memory is not None and memory.numel():
+        torch.cuda.synchronize(device)  # a row may be on its way
         _cudart().cudaHostUnregister(memory.data_ptr())
     gc.collect()  # modules refer to each other
     torch.cuda.empty_cache()

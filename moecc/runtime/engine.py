@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from moecc.errors import RequestError, StoppedError
-from moecc.runtime.answer import Answer, Deliver
-from moecc.runtime.interface import OnReconfigure
+from moecc.runtime.answer import Answer
+from moecc.runtime.interface import Deliver, OnReconfigure
 from moecc.runtime.paged import PagedRunner, Part
 from moecc.runtime.request import FinishReason, Request, Stats, TokenLogprob
 from moecc.runtime.residency import Residency
@@ -102,7 +102,7 @@ class Engine:
     # Called from any thread
 
     def submit(self, request: Request, deliver: Deliver) -> None:
-        """Queues a request; its outputs go to `deliver`, on the engine's thread."""
+        """Queues a request; its outputs go to `deliver`: see `interface`."""
         variant, limit = self._checked(request)
         sequence = Sequence(
             request, self.variants.index(variant.name), next(self._orders), time.monotonic()
@@ -144,7 +144,9 @@ class Engine:
         tokenizer = self._variant(variant).tokenizer
         if tokenizer is None:
             raise RequestError(
-                f"variant `{variant}` has no tokenizer", "send token ids", param="model"
+                f"variant `{variant}` has no tokenizer",
+                "from Python, `moecc.load(...).generate` takes and gives token ids",
+                param="model",
             )
         return tokenizer
 
@@ -306,15 +308,11 @@ class Engine:
         def next_(logits: Tensor, rows: list[int]) -> list[tuple[int, bool] | None]:
             self._steps += 1
             self._expire()
+            self._end_gone(answers)
             live = [answers[row] for row in rows]
             found: list[tuple[int, bool] | None] = []
             for answer, chosen in zip(live, self._choose(logits, live), strict=True):
-                if answer.cancelled or time.monotonic() >= self._deadline:
-                    self._end(answer, "abort")
-                    found.append(None)
-                    continue
-                if self._late(answer):
-                    self._end(answer, "timeout")
+                if answer.sequence not in self._of:
                     found.append(None)
                     continue
                 ended = self._accept(answer, chosen)
@@ -324,9 +322,17 @@ class Engine:
         limit = max(a.limit for a in answers)
         runner.run(answers[0].sequence.variant, [a.sequence.tokens for a in answers], limit, next_)
 
-    def _late(self, answer: Answer) -> bool:
-        deadline = answer.sequence.deadline
-        return deadline is not None and time.monotonic() >= deadline
+    def _end_gone(self, answers: list[Answer]) -> None:
+        """Ends those of a static batch whose client or time is gone, also where they still wait."""
+        now = time.monotonic()
+        for answer in answers:
+            deadline = answer.sequence.deadline
+            if answer.sequence not in self._of:
+                continue
+            if answer.cancelled or now >= self._deadline:
+                self._end(answer, "abort")
+            elif deadline is not None and now >= deadline:
+                self._end(answer, "timeout")
 
     def _accept(self, answer: Answer, found: tuple[int, TokenLogprob | None] | Exception) -> bool:
         """Gives an answer its next token; True if that ended it."""
@@ -392,6 +398,15 @@ class Engine:
         sampling, length = request.sampling, len(request.prompt)
         if not length:
             raise RequestError("the prompt has no tokens", param="prompt")
+        room = variant.max_model_len - (0 if self._encodes else length)
+        if length > variant.max_model_len or room < 1:  # before its tokens are looked at
+            raise RequestError(
+                f"`{variant.name}` takes at most {variant.max_model_len} tokens of prompt and "
+                f"answer; the prompt has {length}",
+                "shorten the prompt",
+                param="prompt",
+                code="context_length_exceeded",
+            )
         if not all(0 <= token < variant.vocab for token in request.prompt):
             raise RequestError(
                 f"the prompt has a token outside the vocabulary of {variant.vocab}", param="prompt"
@@ -401,15 +416,6 @@ class Engine:
             self.tokenizer(variant.name)
         elif sampling.stop:
             raise RequestError("`stop` needs text; use `stop_token_ids`", param="stop")
-        room = variant.max_model_len - (0 if self._encodes else length)
-        if length > variant.max_model_len or room < 1:
-            raise RequestError(
-                f"`{variant.name}` takes at most {variant.max_model_len} tokens of prompt and "
-                f"answer; the prompt has {length}",
-                "shorten the prompt",
-                param="prompt",
-                code="context_length_exceeded",
-            )
         return variant, min(room, sampling.max_tokens or room)
 
     def _variant(self, name: str) -> Variant:

@@ -22,6 +22,8 @@ class EngineLike(Protocol):
     def submit(self, request: Request, deliver: Deliver) -> None:
         """Queues a request; `deliver` gets its outputs on the engine's thread and must be quick.
 
+        Only the `abort` of a `cancel` may come on the thread that cancels.
+
         Every request that was taken ends with an output that has a `finish`. `max_tokens` is cut
         to what the model's length allows.
 

@@ -1,7 +1,7 @@
 """From an artifact to models that compute: skeletons, the bank, and the variants' own rows.
 
-Everything is read once, straight to where it stays: memory in use never exceeds what is served
-by more than CHUNK_BYTES of tensors outside the experts.
+Experts are read once, straight to where they stay. Of what is outside them about CHUNK_BYTES are in
+memory at a time, beyond what is then served.
 """
 
 from __future__ import annotations

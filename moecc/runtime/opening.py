@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ _DEFAULT_LENGTH = 4096
 _SCALED_BY_LENGTH = {"longrope", "dynamic"}
 _PROBE_TOKENS = 4
 _UNBOUNDED = 1 << 40
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 
 Note = Callable[[str], None]
 
@@ -55,7 +56,12 @@ def open_engine(
         if options.verify:
             _verify(artifact, on_progress)
         device = devices.resolve(options.gpu)
-        return _Opening(artifact, options, device, on_progress, note).engine()
+        opening = _Opening(artifact, options, device, on_progress, note)
+        try:
+            return opening.engine()
+        except BaseException:
+            devices.release(device, opening.pinned)
+            raise
     except torch.OutOfMemoryError as error:
         raise RuntimeUnfitError(
             f"out of memory: {str(error).splitlines()[0]}",
@@ -87,6 +93,7 @@ class _Opening:
     device: torch.device
     on_progress: Progress
     note: Note
+    pinned: torch.Tensor | None = field(default=None, init=False)
 
     def engine(self) -> Engine:
         skeletons = loading.skeletons(self.artifact, self.options.dtype)
@@ -111,11 +118,12 @@ class _Opening:
             self.note(f"{refusal}: served in static batches")
             skeletons.use_own_attention()
             runner = StaticRunner(residency, self.device, pads(skeletons.models[0]))
-            kv = 0  # the model keeps its own, for a batch at a time: a block stands for a request
-            scheduler = self._scheduler(residency.mode, _UNBOUNDED, self.options.max_num_seqs)
+            kv = 0  # the model keeps its own, for a batch at a time
+            # A block stands for a request; admission wants one to spare for each that runs.
+            scheduler = self._scheduler(residency.mode, _UNBOUNDED, 2 * self.options.max_num_seqs)
         experts = sum(layer.nbytes for layer in layers)
         memory = {"experts": experts, "non_expert": residency.nbytes, "kv": kv}
-        pinned = rows if residency.mode == "swap" else None
+        pinned = self.pinned
         return Engine(
             variants,
             base=self.artifact.base,
@@ -147,7 +155,7 @@ class _Opening:
         """Where the rows go, by what was asked, what the family can and what memory there is."""
         asked = self.options.mode
         row, variants = skeletons.layout.nbytes, len(self.artifact.variants)
-        free = devices.free_bytes(self.device)
+        free = self._free_bytes() - (self.options.kv_cache_bytes or 0)
         needs = {
             "mixed": skeletons.expert_bytes + variants * row,
             "resident": skeletons.expert_bytes + variants * row,
@@ -174,7 +182,14 @@ class _Opening:
     ) -> torch.Tensor:
         count, nbytes = len(self.artifact.variants), skeletons.layout.nbytes
         if mode == "swap":
-            rows = devices.pinned(count, nbytes, self.device)
+            host = devices.free_bytes(torch.device("cpu"))
+            if count * nbytes > host:
+                raise RuntimeUnfitError(
+                    f"not enough host memory for `swap`: {count} variants need "
+                    f"{_gib(count * nbytes)}, {_gib(host)} are free",
+                    "free host memory, or use `--mode resident`",
+                )
+            rows = self.pinned = devices.pinned(count, nbytes, self.device)
         else:
             rows = torch.empty(count, nbytes, dtype=torch.uint8, device=self.device)
         loading.load_rows(skeletons, layers, rows, self.on_progress)
@@ -232,17 +247,25 @@ class _Opening:
             Variant(v.name, v.tokenizer, v.ends, v.vocab, min(v.max_model_len, longest))
             for v in variants
         ]
+        size, free = blocks * probed.block_bytes, devices.free_bytes(self.device)
+        if size > free:
+            raise RuntimeUnfitError(
+                f"not enough memory for keys and values: {_gib(size)}, {_gib(free)} are free",
+                "lower `--kv-cache` or `--max-num-seqs`",
+            )
         return probed.resized(blocks), shorter
 
     def _cache_bytes(self) -> int:
         """What keys and values may take."""
         if self.options.kv_cache_bytes is not None:
             return self.options.kv_cache_bytes
-        free = devices.free_bytes(self.device)
-        if self.device.type == "cpu":
-            return free // 4
-        _, total = torch.cuda.mem_get_info(self.device)
-        return max(0, free - int((1 - self.options.gpu_memory_utilization) * total))
+        free = self._free_bytes()
+        return free // 4 if self.device.type == "cpu" else free
+
+    def _free_bytes(self) -> int:
+        """What may still be taken of the device."""
+        reserved = devices.headroom(self.device, self.options.gpu_memory_utilization)
+        return max(0, devices.free_bytes(self.device) - reserved)
 
     def _variants(self, skeletons: Skeletons) -> list[Variant]:
         tokenizers: dict[tuple[Any, ...], Any] = {}
@@ -300,7 +323,13 @@ def _tokenizer(artifact: Artifact, variant: str, known: dict[tuple[Any, ...], An
                 artifact.path / variant_folder(variant), trust_remote_code=False
             )
             known[files]("x")  # sets itself up on first use, which threads must not share
-        except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError):
+        except Exception as error:  # the tokenizers library raises plain ones
+            if any(name.startswith(_TOKENIZER_FILES) for name, _ in files):
+                what = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise RuntimeUnfitError(
+                    f"the tokenizer of variant `{variant}` does not load: {what}",
+                    "`moecc inspect --verify` tells whether its files are damaged",
+                ) from None
             known[files] = None
     return known[files]
 

@@ -9,6 +9,7 @@ from moecc.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_STOP = 16
+MAX_STOP_CHARACTERS = 1024
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
@@ -78,6 +79,10 @@ class Sampling:
         if len(self.stop) > MAX_STOP or not all(self.stop):
             raise RequestError(
                 f"`stop` must be at most {MAX_STOP} strings, none empty", param="stop"
+            )
+        if sum(map(len, self.stop)) > MAX_STOP_CHARACTERS:
+            raise RequestError(
+                f"`stop` must have at most {MAX_STOP_CHARACTERS} characters in all", param="stop"
             )
 
 

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from moecc import __version__
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, StoppedError
 from moecc.runtime import request as engine_request
 from moecc.runtime.interface import EngineLike
 from moecc.runtime.request import Output
@@ -86,10 +86,16 @@ class _Service:
 
     async def generate(self, request: Request, read: Reader, form_type: type[Form]) -> Response:
         """The answer to a call; its requests end when the client goes away."""
+        if request.app.state.stopping:  # the engine may not know yet
+            raise StoppedError("the server is stopping", "try again later")
         raw = await self._body(request)
         form = await run_in_threadpool(lambda: form_type(read(self._engine, raw), self._engine))
         generation = Generation(self._engine, form.call.requests, self._meter)
-        generation.submit()
+        try:
+            await run_in_threadpool(generation.submit)  # every token is looked at
+        except BaseException:
+            generation.cancel()
+            raise
         if form.call.options.stream:
             return EventStream(stream(form, generation), on_close=generation.cancel)
         try:
