@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "examples/models"
 RECIPES = ROOT / "recipes"
 NAMES = ("base", "chat", "math", "python")
+
+# A run in the background of a script ignores Ctrl-C, and so would what the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read when rich, typer and huggingface_hub are imported, so they go before anything else.
 _LEAKS = ("FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "GITHUB_ACTIONS", "TERMINAL_WIDTH")
