@@ -23,6 +23,7 @@ def model_card(manifest: dict[str, Any]) -> str:
             "",
             *_variants(manifest),
             *_figures(manifest),
+            *_quality(manifest),
             *_layers(manifest),
             "## Recipe",
             "",
@@ -88,6 +89,73 @@ def _figures(manifest: dict[str, Any]) -> list[str]:
         f"| coding | {coding}, groups of {merge['group']} |",
         "",
     ]
+
+
+def _quality(manifest: dict[str, Any]) -> list[str]:
+    if "quality" not in manifest:
+        return []
+    columns, rows = quality_cells(manifest["quality"])
+    return [
+        "## Quality",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        quality_note(manifest["quality"]),
+        "",
+    ]
+
+
+def quality_cells(quality: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Names of columns, and a row for each variant that was evaluated."""
+    columns = ["variant", "perplexity", "source's", "ratio", "KL", "same top token", "tokens"]
+    has_rouge = any("rouge" in found for found in quality["variants"].values())
+    columns += ["ROUGE-1", "source's", "difference (95%)"] if has_rouge else []
+    rows = []
+    for name, found in sorted(quality["variants"].items()):
+        error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.4f}"
+        cells = [
+            name,
+            f"{found['perplexity']:.4g}",
+            _cell(found["reference_perplexity"], ".4g"),
+            "-" if found["ratio"] is None else f"{found['ratio']:.4f}{error}",
+            _cell(found["kl"], ".3g"),
+            _cell(found["top1"], ".2%"),
+            f"{found['tokens']:,}",
+        ]
+        rows.append(cells + (_rouge_cells(found.get("rouge")) if has_rouge else []))
+    return columns, rows
+
+
+def _rouge_cells(rouge: dict[str, Any] | None) -> list[str]:
+    if rouge is None:
+        return ["-", "-", "-"]
+    interval = ""
+    if rouge["interval"]:
+        interval = f" ({', '.join(f'{end:+.4f}' for end in rouge['interval'])})"
+    return [
+        f"{rouge['rouge1']:.4f}",
+        _cell(rouge["reference_rouge1"], ".4f"),
+        f"{_cell(rouge['difference'], '+.4f')}{interval}",
+    ]
+
+
+def quality_note(quality: dict[str, Any]) -> str:
+    """What the figures are of, and over all variants."""
+    samples = "pairs" if quality["window"] is None else f"windows of {quality['window']} tokens"
+    text = f"Measured by `moecc eval` in {quality['dtype']} on {samples}"
+    if quality["mean_ratio"] is None:
+        return f"{text}, without the sources."
+    return (
+        f"{text}. Perplexity over the sources': mean {quality['mean_ratio']:.4f}, "
+        f"worst {quality['worst_ratio']:.4f}; mean KL {quality['mean_kl']:.3g} nats a token; "
+        "± is one standard error."
+    )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _layers(manifest: dict[str, Any]) -> list[str]:

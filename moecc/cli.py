@@ -49,6 +49,7 @@ NoColor = Annotated[
 ArtifactPath = Annotated[Path, typer.Argument(help="The folder `consolidate` wrote.")]
 VariantName = Annotated[str, typer.Option("--variant", help="Which variant.")]
 DEVICE, LIMITS, SERVER = "Device and memory", "Limits and order", "Server"
+MEASURE = "What is measured"
 Gpu = Annotated[
     int | None,
     typer.Option(
@@ -254,6 +255,97 @@ def generate(
         console.data({"variant": variant, "prompt": prompt, "text": text})
     else:
         console.text(text)
+
+
+@app.command(
+    "eval",
+    epilog="Examples:  moecc eval artifact --text chat=chat.txt --text math=math.txt\n\n"
+    "moecc eval artifact --text chat=chat.txt --reference --sources recipes --save",
+)
+def evaluate(
+    artifact: ArtifactPath,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            "--text",
+            metavar="VARIANT=FILE",
+            help="A variant's text: UTF-8, or JSONL of `input` and `target` for an "
+            "encoder-decoder. May be given again, also for the same variant.",
+        ),
+    ],
+    window: Annotated[
+        int, typer.Option("--window", min=2, help="Tokens of a window.", rich_help_panel=MEASURE)
+    ] = 256,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            "--windows",
+            min=1,
+            help="Most windows, or pairs, of a variant; by default all.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference",
+            help="Compare with the models the variants were made from.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = False,
+    sources: Annotated[
+        Path,
+        typer.Option(
+            "--sources",
+            help="The recipe's folder, where relative sources start.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = Path("."),
+    rouge: Annotated[
+        bool,
+        typer.Option(
+            "--rouge",
+            help="Generate as well, and score with ROUGE-1; for encoder-decoders.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:N.")
+    ] = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")
+    ] = "float32",
+    save: Annotated[
+        bool, typer.Option("--save", help="Write the figures into the artifact and its card.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    no_color: NoColor = False,
+) -> None:
+    """Measure variants on texts: perplexity, and what they lost against their sources."""
+    console = _console(as_json, quiet, verbose, no_color)
+    from moecc.evaluation import parse_texts
+    from moecc.evaluation import save as write
+
+    try:
+        texts = parse_texts(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--text") from None
+    _check_device(device)
+    from moecc.artifact import Artifact
+    from moecc.report import quality_tables
+    from moecc.runtime.scoring import Settings
+    from moecc.runtime.scoring import evaluate as measure
+
+    settings = Settings(texts, window, windows, reference, sources, rouge, device, dtype)
+    with Artifact(artifact) as opened, console.progress() as report:
+        found = measure(opened, settings, report)
+    console.data(found)
+    console.show(*quality_tables(found))
+    if save:
+        write(artifact, found)
+        console.note(f"saved in {artifact}; look at it with: moecc inspect {artifact}")
 
 
 @app.command(

@@ -27,6 +27,7 @@ MAX_JSON_BYTES = 512 << 20
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NUMBER = (int, float)
+_NUMBER_OR_NULL = (int, float, type(None))
 _TEXT_OR_NULL = (str, type(None))
 _SCHEMA: dict[str, Any] = {
     "moecc_version": str,
@@ -67,6 +68,32 @@ _SCHEMA: dict[str, Any] = {
     "experts": {"bytes": int, "params": int, "ratio": _NUMBER, "slots_per_layer": [int]},
     "non_expert": {"bytes": int, "stored_bytes": int},
     "files": {str: {"size": int, "sha256": str}},
+}
+# Of `quality`, which is there once `moecc eval --save` has measured it.
+_QUALITY: dict[str, Any] = {
+    "variants": {
+        str: {
+            "perplexity": _NUMBER,
+            "reference_perplexity": _NUMBER_OR_NULL,
+            "ratio": _NUMBER_OR_NULL,
+            "kl": _NUMBER_OR_NULL,
+            "top1": _NUMBER_OR_NULL,
+            "standard_error": _NUMBER_OR_NULL,
+            "tokens": int,
+            "windows": int,
+        }
+    },
+    "mean_ratio": _NUMBER_OR_NULL,
+    "mean_kl": _NUMBER_OR_NULL,
+    "worst_ratio": _NUMBER_OR_NULL,
+    "window": (int, type(None)),
+    "dtype": str,
+}
+_ROUGE: dict[str, Any] = {
+    "rouge1": _NUMBER,
+    "reference_rouge1": _NUMBER_OR_NULL,
+    "difference": _NUMBER_OR_NULL,
+    "interval": (list, type(None)),
 }
 
 
@@ -139,6 +166,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         _check_names([v["name"] for v in manifest["variants"]], manifest["base"])
         for name in manifest["files"]:
             safe_path(name)
+        if "quality" in manifest:
+            _check_quality(manifest["quality"], [v["name"] for v in manifest["variants"]])
     except ValueError as error:
         raise DamagedArtifactError(f"`{path / MANIFEST}` is damaged: {error}") from None
     return manifest
@@ -149,6 +178,16 @@ def _check_names(variants: list[str], base: str) -> None:
         raise ValueError("a variant's name comes twice, or the base is none of them")
     if not all(map(_VARIANT_NAME.fullmatch, variants)):
         raise ValueError("a variant has a name that no folder can have")
+
+
+def _check_quality(quality: Any, variants: list[str]) -> None:
+    _check(quality, _QUALITY, "`quality`")
+    if not quality["variants"].keys() <= set(variants):
+        raise ValueError("`quality` has a variant that the artifact has not")
+    for variant in quality["variants"].values():
+        if "rouge" in variant:
+            _check(variant["rouge"], _ROUGE, "`rouge`")
+            _check(variant["rouge"]["interval"] or [], [_NUMBER], "`interval`")
 
 
 def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from moecc.card import quality_cells, quality_note
 from moecc.manifest import FORMAT_VERSION
 from moecc.opened import Opened, Planned
 from moecc.recipe import format_size
@@ -121,14 +122,27 @@ def artifact_json(manifest: dict[str, Any]) -> dict[str, Any]:
         "layers": layers,
         "non_expert": manifest["non_expert"],
         "budget": manifest["budget"],
+        "quality": manifest.get("quality"),
         "artifact_bytes": sum(file["size"] for file in manifest["files"].values()),
         "manifest_sha256": manifest["manifest_sha256"],
     }
 
 
 def artifact_tables(manifest: dict[str, Any]) -> list[RenderableType]:
-    """Summary and per-layer tables of an artifact."""
-    return [_summary(manifest), _variants(manifest), _layers(manifest)]
+    """Summary and per-layer tables of an artifact, and its quality if that was measured."""
+    tables: list[RenderableType] = [_summary(manifest), _variants(manifest), _layers(manifest)]
+    return tables + (quality_tables(manifest["quality"]) if "quality" in manifest else [])
+
+
+def quality_tables(quality: dict[str, Any]) -> list[RenderableType]:
+    """What `eval` found, and what it is of."""
+    table = Table(title="Quality", title_justify="left")
+    columns, rows = quality_cells(quality)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return [table, escape(quality_note(quality).replace("`", ""))]
 
 
 def _summary(manifest: dict[str, Any]) -> Table:

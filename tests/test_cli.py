@@ -28,7 +28,7 @@ from moecc.errors import RecipeError
 from moecc.export import export
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-COMMANDS = ("consolidate", "inspect", "export", "generate", "serve")
+COMMANDS = ("consolidate", "inspect", "export", "generate", "eval", "serve")
 PAGES = {"moecc": ["--help"], **{name: [name, "--help"] for name in COMMANDS}}
 ESCAPE = "\x1b"
 COLOR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|9[0-7]|10[0-7]|38;|48;)")
@@ -53,7 +53,9 @@ def test_help_is_as_it_was(name: str) -> None:
 
 def test_every_command_has_a_snapshot_and_examples() -> None:
     assert {
-        command.callback.__name__ for command in app.registered_commands if command.callback
+        command.name or command.callback.__name__
+        for command in app.registered_commands
+        if command.callback
     } == (set(COMMANDS))
     assert {path.stem for path in SNAPSHOTS.glob("*.txt")} == set(PAGES)
     for name in COMMANDS:

@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parent.parent / "moecc"
 _ORDER = """
     errors strictyaml recipe tensorfile files hub sources checkpoint skeleton architecture
     compatibility variants parallel coding similarity plan bank merge nonexpert manifest artifact
-    card staging writer
+    card staging writer evaluation
     opened build consolidate export inspection report console
 
     runtime.request runtime.options runtime.interface runtime.sequence runtime.scheduler
     runtime.sampling runtime.text runtime.answer
     runtime.step runtime.linear runtime.stacked runtime.experts runtime.attention runtime.devices
     runtime.nonexpert runtime.loading runtime.residency runtime.paged runtime.static
-    runtime.engine runtime.opening runtime.api
+    runtime.engine runtime.opening runtime.api runtime.scoring
 
     server.failure server.fields server.protocol server.generation server.events server.vocabulary
     server.answers server.auth server.metrics server.state server.app server.serve
