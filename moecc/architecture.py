@@ -107,6 +107,16 @@ def read_layout(checkpoint: Checkpoint) -> tuple[Architecture, Layout]:
     return map_tensors(checkpoint.source.name, checkpoint.config, checkpoint.tensors)
 
 
+def interleaved_layers(checkpoint: Checkpoint) -> frozenset[str]:
+    """The expert layers whose `gate_up_proj` alternates rows of gate and up, by their class.
+
+    Raises SourceError if the architecture is unknown.
+    """
+    model = skeleton(checkpoint.source.name, checkpoint.config)
+    modules = model.named_modules()
+    return frozenset(name for name, found in modules if not getattr(found, "is_concatenated", True))
+
+
 def map_tensors(
     variant: str, config: dict[str, Any], tensors: dict[str, LogicalTensor]
 ) -> tuple[Architecture, Layout]:

@@ -7,20 +7,21 @@ as stored (exactly, or the coded center of a group); a *residual* is what one va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from moecc.architecture import ExpertLayer, Projection
 from moecc.coding import Coding
+from moecc.forms import EXACT, PLAIN, Form
 from moecc.plan import Group, LayerPlan
-from moecc.recipe import Merge
 from moecc.similarity import Labels
 
 # remap columns
 CENTER_POOL, CENTER_SLOT, RESIDUAL_POOL, RESIDUAL_SLOT = range(4)
 NONE = -1
+ABSENT = (NONE, NONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,11 @@ class Job:
 
     Attributes:
         members: the variants; each distinct expert among them once, with its multiplicity.
-        residuals: (pool, slot) for each of `members`, or empty.
+        residuals: (pool, slot) for each of `members`, ABSENT where it has none; empty where nobody
+            has one.
         representative: which of `members` is the center, where the method takes one of them.
+        same: for each of `members` the variants that have its expert, itself included.
+        own_order: the expert is all one variant's and exact, so that its neurons stay as they are.
     """
 
     expert: int
@@ -65,6 +69,8 @@ class Job:
     center: tuple[int, int]
     residuals: tuple[tuple[int, int], ...]
     representative: int
+    same: tuple[tuple[int, ...], ...]
+    own_order: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,6 @@ def lay_out(
     layer: ExpertLayer,
     plan: LayerPlan,
     distinct: Labels,
-    merge: Merge,
     dtype: str,
     first_group: int,
 ) -> LayerBank:
@@ -114,11 +119,14 @@ def lay_out(
         slots = _Slots()
         number = first_group
         jobs = []
+        matrix = sum(not before.is_bias for before in layer.projections[:p])
         for expert, groups in enumerate(plan.experts):
             for group in groups:
+                own_order = not group.coded and len(group.members) == 1
                 for part in _parts(group, distinct[expert], projection):
-                    job = _place(slots, projection, expert, part, distinct, merge, dtype, number)
-                    jobs.append(job)
+                    forms = part.forms[matrix] if part.coded else (EXACT,)
+                    job = _place(slots, projection, expert, part, forms, distinct, dtype, number)
+                    jobs.append(replace(job, own_order=own_order))
                     _point(remap[:, expert, p], part, distinct[expert], job)
                 number += group.coded
         banks.append(ProjectionBank(projection, slots.pools(), tuple(jobs)))
@@ -144,22 +152,19 @@ class _Slots:
         return tuple(Pool(role, coding, n) for (role, coding), n in self.counts.items())
 
 
-def _kinds(group: Group, labels: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
-    """(variant, multiplicity) of each distinct expert in a group."""
-    first: dict[int, list[int]] = {}
+def _kinds(group: Group, labels: npt.NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
+    """The variants of each distinct expert in a group."""
+    found: dict[int, list[int]] = {}
     for member in group.members:
-        first.setdefault(int(labels[member]), []).append(member)
-    return tuple((members[0], len(members)) for members in first.values())
+        found.setdefault(int(labels[member]), []).append(member)
+    return tuple(map(tuple, found.values()))
 
 
 def _parts(group: Group, labels: npt.NDArray[np.int64], projection: Projection) -> Sequence[Group]:
     """A bias is never merged: its group falls apart into its distinct experts."""
     if not projection.is_bias:
         return [group]
-    return [
-        Group(tuple(m for m in group.members if labels[m] == labels[first]), False)
-        for first, _ in _kinds(group, labels)
-    ]
+    return [Group(same, False) for same in _kinds(group, labels)]
 
 
 def _place(
@@ -167,24 +172,23 @@ def _place(
     projection: Projection,
     expert: int,
     group: Group,
+    forms: tuple[Form, ...],
     distinct: Labels,
-    merge: Merge,
     dtype: str,
     number: int,
 ) -> Job:
-    kinds = _kinds(group, distinct[expert])
-    if not group.coded:
-        return Job(expert, kinds, False, slots.take("center", projection.dtype), (), 0)
-    plain = merge.center == 16
-    center = slots.take("center", dtype if plain else Coding(merge.center, merge.group).name)
-    residuals: tuple[tuple[int, int], ...] = ()
-    if merge.residual:
-        name = Coding(merge.residual, merge.group).name
-        residuals = tuple(slots.take("residual", name) for _ in kinds)
+    same = _kinds(group, distinct[expert])
+    kinds = tuple((variants[0], len(variants)) for variants in same)
+    if forms[0] == EXACT:
+        return Job(expert, kinds, False, slots.take("center", projection.dtype), (), 0, same, False)
+    center = slots.take("center", dtype if forms[0].center == PLAIN else forms[0].center)
+    names = [forms[group.members.index(variant)].residual for variant, _ in kinds]
+    residuals = tuple(slots.take("residual", name) if name else ABSENT for name in names)
     wanted = number % distinct.shape[1]  # the paper: group i from variant i mod V
     member = wanted if wanted in group.members else group.members[number % len(group.members)]
-    labels = [int(distinct[expert][variant]) for variant, _ in kinds]
-    return Job(expert, kinds, True, center, residuals, labels.index(int(distinct[expert][member])))
+    representative = [member in variants for variants in same].index(True)
+    own = residuals if any(names) else ()
+    return Job(expert, kinds, True, center, own, representative, same, False)
 
 
 def _point(
@@ -192,5 +196,5 @@ def _point(
 ) -> None:
     of_label = {int(labels[variant]): i for i, (variant, _) in enumerate(job.members)}
     for member in group.members:
-        residual = job.residuals[of_label[int(labels[member])]] if job.residuals else (NONE, NONE)
+        residual = job.residuals[of_label[int(labels[member])]] if job.residuals else ABSENT
         remap[member] = (*job.center, *residual)

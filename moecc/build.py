@@ -7,16 +7,19 @@ import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moecc import __version__
+from moecc.alignment import to_own_index
 from moecc.bank import LayerBank, coded_groups, lay_out
 from moecc.card import model_card
 from moecc.errors import ArtifactError, PlanError
 from moecc.files import current_umask, to_json
+from moecc.forms import PLAIN
 from moecc.manifest import (
     CARD,
     FORMAT,
@@ -28,11 +31,12 @@ from moecc.manifest import (
     seal,
     variant_file,
 )
-from moecc.opened import Opened, Planned, Progress
+from moecc.merging import Merging
+from moecc.opened import Planned, Progress, Studied
 from moecc.parallel import worker_pool
 from moecc.plan import significant
+from moecc.rates import importance
 from moecc.recipe import format_size
-from moecc.similarity import Similarity
 from moecc.staging import Staging
 from moecc.writer import (
     Place,
@@ -88,7 +92,7 @@ class Build:
             __version__,
             self.recipe.to_dict(),
             self.planned.plan.to_json(),
-            [v.checkpoint.source.fingerprint for v in self.opened.variants],
+            [v.fingerprint for v in self.opened.variants],
         ]
         return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
@@ -134,18 +138,23 @@ class Build:
             self._advance(layer.exact_bytes * layer.num_experts * len(self.opened.variants))
             return finisher.submit(dict, entry)
         error = write_layer(
-            staging.folder,
-            self.shards[index],
-            bank,
-            index,
-            self.opened.variants,
-            self.recipe.merge,
-            self.device,
-            pool,
-            self._advance,
+            staging.folder, self.shards[index], bank, self._merging(index), pool, self._advance
         )
         files = [shard.file for shard in self.shards[index]]
         return finisher.submit(staging.record, step, files, error)
+
+    def _merging(self, index: int) -> Merging:
+        layer, measured = self.opened.architecture.layers[index], self.planned.studied.measured
+        return Merging(
+            variants=self.opened.variants,
+            base=self.opened.base,
+            merge=self.recipe.merge,
+            index=index,
+            layer=layer,
+            device=self.device,
+            measured=measured,
+            importance=None if measured is None else importance(measured, index, layer),
+        )
 
     def _write_variants(self, staging: Staging) -> list[Entry]:
         """The journal's entry of every variant, the base first."""
@@ -173,7 +182,7 @@ class Build:
         hashes: list[dict[str, str]],
     ) -> None:
         folder = staging.folder
-        similarity = _similarity_json(self.planned.similarity, self.opened)
+        similarity = _similarity_json(self.planned.studied)
         (folder / SIMILARITY).write_bytes(to_json(similarity, indent=None))
         small = [SIMILARITY, write_remap_file(folder, self.banks)]
         entries = [*layers, *variants, staging.record("tables", small)]
@@ -247,11 +256,14 @@ def _describe_variant(variant: Any, hashes: dict[str, str]) -> dict[str, Any]:
 
 def _lay_out(planned: Planned) -> list[LayerBank]:
     dtype = _center_dtype(planned)
-    merge, number, banks = planned.opened.recipe.merge, 0, []
+    number = 0
+    banks = []
     layers = planned.opened.architecture.layers
     distinct = planned.similarity.distinct
-    for layer, plan, labels in zip(layers, planned.plan.layers, distinct, strict=True):
-        banks.append(lay_out(layer, plan, labels, merge, dtype, number))
+    parts = zip(layers, planned.plan.layers, distinct, strict=True)
+    for index, (layer, plan, labels) in enumerate(parts):
+        bank = lay_out(layer, plan, labels, dtype, number)
+        banks.append(replace(bank, remap=to_own_index(bank.remap, planned.opened.variants, index)))
         number += coded_groups(plan)
     return banks
 
@@ -267,7 +279,14 @@ def _center_dtype(planned: Planned) -> str:
         for p in layer.projections
         if not p.is_bias
     }
-    needed = recipe.merge.center == 16 and any(map(coded_groups, planned.plan.layers))
+    needed = any(
+        form.center == PLAIN
+        for layer in planned.plan.layers
+        for groups in layer.experts
+        for group in groups
+        for forms in group.forms
+        for form in forms
+    )
     if needed and dtypes not in ({"BF16"}, {"F16"}):
         raise PlanError(
             f"16-bit centers would lose bits of {' and '.join(sorted(dtypes))} experts",
@@ -282,16 +301,17 @@ def _relative(squared_error: float, gram: Any) -> float:
     return significant((squared_error / total) ** 0.5) if total else 0.0
 
 
-def _similarity_json(similarity: Similarity, opened: Opened) -> dict[str, Any]:
+def _similarity_json(studied: Studied) -> dict[str, Any]:
     """metric -> per layer, per expert, the distances of the pairs of variants in order."""
     metrics = ["l2", "cosine"]
-    metrics += ["delta-cosine"] if opened.recipe.base else []
-    metrics += ["cka"] if similarity.cka_gram is not None else []
-    left, right = np.triu_indices(len(opened.variants), 1)
+    metrics += ["delta-cosine"] if studied.opened.recipe.base else []
+    metrics += ["cka"] if studied.similarity.cka_gram is not None else []
+    metrics += ["cka", "output"] if studied.measured is not None else []
+    left, right = np.triu_indices(len(studied.opened.variants), 1)
     return {
         metric: [
             [[significant(float(d)) for d in expert[left, right]] for expert in layer]
-            for layer in similarity.distances(metric, opened.base)
+            for layer in studied.distances(metric)
         ]
         for metric in metrics
     }

@@ -119,7 +119,7 @@ def consolidate(
     loaded = load_recipe(recipe)
     saved = _read_plan(plan) if plan else None
     _check_device(device)
-    from moecc.consolidate import open_recipe, plan_recipe, run
+    from moecc.consolidate import open_recipe, plan_studied, run, study
     from moecc.parallel import keep_freed_memory
     from moecc.report import header_json, header_tables, plan_json, plan_tables
 
@@ -129,7 +129,8 @@ def consolidate(
             opened = open_recipe(loaded, weights=False, on_progress=report)
             planned = None
             if opened.has_weights:
-                planned = plan_recipe(opened, saved=saved, device=device, on_progress=report)
+                studied = study(opened, device=device, on_progress=report)
+                planned = plan_studied(studied, saved=saved)
         else:
             planned = run(
                 loaded, out, saved_plan=saved, force=force, device=device, on_progress=report

@@ -1,4 +1,4 @@
-"""Merging and coding of one tile of a group: pure tensor functions, float32 accumulation.
+"""Merging and coding of some rows of a group: pure tensor functions, float32 accumulation.
 
 A coded weight is, by definition, `bf16(center + residual)` with both in float32: the center as
 stored (rounded to its 16-bit dtype, or decoded from its bits), the residual decoded from its bits
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from moecc.coding import Coding, dequantize, pack, quantize
+from moecc.coding import Coded, Coding, decode, encode
+from moecc.joint import Blocks, code_jointly
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,62 +23,122 @@ class CodedTile:
 
     Attributes:
         center: the tensors of the center's slot, planes before scales.
-        residuals: the same for each member; empty without residuals.
+        residuals: the same for each member; empty for one without.
         squared_error: of the coded weights against the members', summed over all members.
     """
 
-    center: tuple[torch.Tensor, ...]
-    residuals: tuple[tuple[torch.Tensor, ...], ...]
+    center: tuple[Tensor, ...]
+    residuals: tuple[tuple[Tensor, ...], ...]
     squared_error: float
 
 
-def mean(tiles: Sequence[torch.Tensor], weights: Sequence[int]) -> torch.Tensor:
-    """The weighted mean of float32 tiles, exact where all are equal 16-bit values."""
+def mean(tiles: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted mean, exact where all are equal 16-bit values and weights are integers."""
     total = tiles[0] * weights[0]
     for tile, weight in zip(tiles[1:], weights[1:], strict=True):
         total.add_(tile, alpha=weight)
     return total.div_(sum(weights))
 
 
+def regression_mean(tiles: Sequence[Tensor], importance: Tensor, moments: Tensor) -> Tensor:
+    """The rows W that minimize the sum of |(W - W_v) x|^2 over every member's inputs x.
+
+    `importance` [V] and `moments` [V, blocks, B, B] as in `code_jointly`. X. Jin et al., "Dataless
+    Knowledge Fusion by Merging Weights of Language Models" (RegMean), ICLR 2023, eq. 2.
+    """
+    blocks = Blocks(tiles[0].shape[1], moments)
+    counted = moments * importance.view(-1, 1, 1, 1)
+    wanted = (blocks.cut(torch.stack(list(tiles))) @ counted).sum(0)
+    return blocks.join(torch.linalg.solve(counted.sum(0), wanted, left=False)).contiguous()
+
+
+def task_arithmetic(tiles: Sequence[Tensor], base: Tensor, scale: float) -> Tensor:
+    """The base plus scaled deltas (G. Ilharco et al., "Editing Models with Task Arithmetic")."""
+    return base + scale * sum(tile - base for tile in tiles)
+
+
+def ties(tiles: Sequence[Tensor], base: Tensor, scale: float, density: float) -> Tensor:
+    """P. Yadav et al., "TIES-Merging" (NeurIPS 2023): trim every matrix, elect signs, mean.
+
+    Rows must be those of whole matrices: trimming keeps the largest part `density` of each.
+    """
+    deltas = torch.stack([tile - base for tile in tiles])
+    flat = deltas.abs().flatten(1)
+    kept = max(1, round(density * flat.shape[1]))
+    least = flat.kthvalue(flat.shape[1] - kept + 1, dim=1).values
+    deltas = torch.where(deltas.abs() >= least[:, None, None], deltas, 0.0)
+    agree = torch.where(deltas.sign() == deltas.sum(0).sign(), deltas, 0.0)
+    return base + scale * agree.sum(0) / (agree != 0).sum(0).clamp(min=1)
+
+
 def code_tile(
-    tiles: Sequence[torch.Tensor],
+    tiles: Sequence[Tensor],
     weights: Sequence[int],
     *,
-    representative: int | None,
+    wanted: Tensor,
     center: Coding | torch.dtype,
-    residual: Coding | None,
+    residuals: Sequence[Coding | None],
 ) -> CodedTile:
-    """Codes the rows `[rows, in]` of a group's members.
+    """Codes the rows `[rows, in]` of a group's members around the center `wanted`.
 
-    `tiles` are the distinct members' rows in float32 and `weights` how often each occurs; the
-    center is tile `representative`, or the mean.
+    `tiles` are the distinct members' rows in float32 and `weights` how often each occurs.
     """
-    wanted = mean(tiles, weights) if representative is None else tiles[representative]
-    stored: tuple[torch.Tensor, ...]
-    if isinstance(center, torch.dtype):
-        rounded = wanted.to(center)
-        stored, value = (rounded,), rounded.float()
-    else:
-        stored, value = _code(wanted, center)
-    shared = value if isinstance(center, torch.dtype) else value.bfloat16().float()
-    residuals, error = [], 0.0
-    for tile, weight in zip(tiles, weights, strict=True):
+    coded = wanted.to(center) if isinstance(center, torch.dtype) else encode(wanted, center)
+    value = _value(coded, center, wanted.shape[1])
+    parts = [
+        None if residual is None else encode(tile - value, residual)
+        for tile, residual in zip(tiles, residuals, strict=True)
+    ]
+    return _coded_tile(tiles, weights, coded, value, parts, residuals)
+
+
+def code_tile_jointly(
+    tiles: Sequence[Tensor],
+    weights: Sequence[int],
+    *,
+    importance: Tensor,
+    moments: Tensor | None,
+    center: Coding | torch.dtype,
+    residuals: Sequence[Coding | None],
+) -> CodedTile:
+    """As `code_tile`, with center and residuals chosen together (joint.py)."""
+    coded, parts = code_jointly(
+        torch.stack(list(tiles)), importance, moments, center=center, residuals=residuals
+    )
+    value = _value(coded, center, tiles[0].shape[1])
+    return _coded_tile(tiles, weights, coded, value, parts, residuals)
+
+
+def _value(coded: Coded | Tensor, coding: Coding | torch.dtype, columns: int) -> Tensor:
+    """The float32 values of a stored center."""
+    if isinstance(coded, Coded) and isinstance(coding, Coding):
+        return decode(coded, coding, columns)
+    assert isinstance(coded, Tensor)
+    return coded.float()
+
+
+def _coded_tile(
+    tiles: Sequence[Tensor],
+    weights: Sequence[int],
+    center: Coded | Tensor,
+    value: Tensor,
+    parts: Sequence[Coded | None],
+    residuals: Sequence[Coding | None],
+) -> CodedTile:
+    plain = isinstance(center, Tensor)
+    shared = value if plain else value.bfloat16().float()
+    stored, error = [], 0.0
+    for tile, weight, part, residual in zip(tiles, weights, parts, residuals, strict=True):
         served = shared
-        if residual is not None:
-            part, delta = _code(tile - value, residual)
-            residuals.append(part)
-            served = add_residual(value, delta).float()
+        if part is not None and residual is not None:
+            served = add_residual(value, decode(part, residual, tile.shape[1])).float()
+        stored.append(() if part is None else (*part.planes, part.scales))
         off = (served - tile).reshape(-1)
         error += weight * float(off.dot(off))
-    return CodedTile(stored, tuple(residuals), error)
+    tensors = (center,) if isinstance(center, Tensor) else (*center.planes, center.scales)
+    return CodedTile(tensors, tuple(stored), error)
 
 
-def _code(x: torch.Tensor, coding: Coding) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """The stored tensors of `x` and the float32 values they stand for."""
-    codes, scales = quantize(x, coding)
-    return (*pack(codes, coding), scales), dequantize(codes, scales, coding)
-
-
-def add_residual(center: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def add_residual(center: Tensor, residual: Tensor) -> Tensor:
     """The weight a float32 center and residual stand for: their sum, rounded once to bf16."""
     return (center + residual).bfloat16()

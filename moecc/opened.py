@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from moecc.allocate import LayerChoices
 from moecc.architecture import Architecture
+from moecc.measured import Measured
 from moecc.plan import Plan, smallest_budget, smallest_bytes
 from moecc.recipe import Recipe
-from moecc.similarity import Similarity
+from moecc.similarity import Array, Similarity
 from moecc.variants import OpenVariant
 
 # (stage, done, total): bytes, except for `sources`, which counts variants
@@ -65,9 +67,46 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A plan, and the measurements it was made from."""
+class Studied:
+    """What plans are made from.
+
+    Attributes:
+        opened: with the variants aligned, if the recipe asks for it.
+        measured: on the recipe's calibration text, if it has one.
+        choices: how experts can be stored, where the planner chooses.
+    """
 
     opened: Opened
     similarity: Similarity
+    measured: Measured | None
+    choices: tuple[LayerChoices, ...] | None
+
+    def distances(self, metric: str) -> Sequence[Array]:
+        """Per layer the distances `[experts, variants, variants]`."""
+        if metric == "output":
+            assert self.measured is not None, "the recipe has a calibration"
+            return self.measured.output
+        if metric == "cka" and self.measured is not None:
+            return self.measured.cka
+        return self.similarity.distances(metric, self.opened.base)
+
+    def close(self) -> None:
+        self.opened.close()
+        if self.measured is not None:
+            self.measured.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and what it was made from."""
+
+    studied: Studied
     plan: Plan
+
+    @property
+    def opened(self) -> Opened:
+        return self.studied.opened
+
+    @property
+    def similarity(self) -> Similarity:
+        return self.studied.similarity

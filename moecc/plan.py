@@ -1,34 +1,26 @@
-"""Which experts share a slot: a pure function of recipe, similarity and headers.
+"""Plans: which experts share a slot, in what form, and what that takes.
 
-The variants' experts of one layer and index start as one group for each distinct expert. Groups
-are merged until the artifact fits the budget. A group of one distinct expert is stored exactly; a
-group of several is *coded*: one center and a residual for each of them (see coding.py). If every
-group is merged and the budget is still exceeded, experts that are identical in several variants
-are coded too, as a last resort.
-
-- `greedy`: one merge at a time, over all layers, the one with the least distance per byte saved.
-- `hierarchical`: SciPy's linkage per expert, all trees cut at one height, the least that fits.
+The variants' experts of one layer and index are split into groups. A group of one distinct expert
+can be stored exactly; any other is *coded*: one center and a residual, or none, for each member.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
+import numpy.typing as npt
 
-from moecc.architecture import Architecture, ExpertLayer, Projection
-from moecc.coding import Coding, distortion
+from moecc.architecture import Architecture, ExpertLayer
+from moecc.coding import distortion
 from moecc.errors import PlanError
-from moecc.recipe import Budget, Match, Merge
+from moecc.forms import EXACT, Form, smallest_form
+from moecc.recipe import Budget, Merge
 from moecc.similarity import Array, Labels
 
 PLAN_VERSION = 1
@@ -36,10 +28,15 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True, slots=True, order=True)
 class Group:
-    """Variants (by index) that share the center of one expert; `coded` says how it is stored."""
+    """Variants (by index) that share the center of one expert; `coded` says how it is stored.
+
+    `forms` are those of the members, per weight projection; empty while groups are being made of
+    a recipe whose form is fixed, and where `coded` is false.
+    """
 
     members: tuple[int, ...]
     coded: bool
+    forms: tuple[tuple[Form, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +66,7 @@ class Plan:
     non_expert_bytes: int  # of all variants
     budget: str
     layout: str  # fingerprint of the architecture the plan was made for
+    loss: float | None = None  # expected, in nats of KL divergence a token, where it was planned by
 
     @property
     def ratio(self) -> float:
@@ -76,9 +74,11 @@ class Plan:
         return self.expert_bytes / (2 * self.expert_params)
 
     def to_json(self) -> dict[str, Any]:
+        used = {f for x in self.layers for e in x.experts for g in e for p in g.forms for f in p}
+        number = {form: i for i, form in enumerate(sorted(used))}
         layers = [
             {
-                "experts": [[[*g.members, g.coded] for g in groups] for groups in layer.experts],
+                "experts": [[self._group(g, number) for g in groups] for groups in layer.experts],
                 "slots": layer.slots,
                 "bytes": layer.nbytes,
                 "expected_error": layer.expected_error,
@@ -95,35 +95,32 @@ class Plan:
             "non_expert_bytes": self.non_expert_bytes,
             "budget": self.budget,
             "layout": self.layout,
+            **({"forms": [form.name for form in number]} if self.merge.planned else {}),
+            **({"loss": self.loss} if self.loss is not None else {}),
         }
 
+    def _group(self, group: Group, number: dict[Form, int]) -> list[Any]:
+        """Its members, then whether it is coded, or the numbers of its planned forms."""
+        planned = group.coded and self.merge.planned
+        forms = [[number[form] for form in forms] for forms in group.forms]
+        return [*group.members, forms if planned else group.coded]
 
-class Costs:
-    """Exact bytes of groups under a recipe's codings."""
 
-    def __init__(self, merge: Merge) -> None:
-        self.center = None if merge.center == 16 else Coding(merge.center, merge.group)
-        self.residual = Coding(merge.residual, merge.group) if merge.residual else None
+def group_bytes(layer: ExpertLayer, labels: npt.NDArray[np.int64], group: Group) -> int:
+    """Bytes of a group with its forms; `labels` `[V]` tell the distinct experts.
 
-    def center_bytes(self, projection: Projection) -> int:
-        rows, cols = projection.matrix
-        return self.center.nbytes(rows, cols) if self.center else rows * cols * 2
-
-    def residual_bytes(self, projection: Projection) -> int:
-        return self.residual.nbytes(*projection.matrix) if self.residual else 0
-
-    def group(self, layer: ExpertLayer, distinct: int, coded: bool) -> int:
-        """Bytes of a group with so many distinct experts; biases are kept for each of them."""
-        total = 0
-        for projection in layer.projections:
-            if projection.is_bias:
-                total += distinct * projection.exact_bytes
-            elif coded:
-                total += self.center_bytes(projection)
-                total += distinct * self.residual_bytes(projection)
-            else:
-                total += projection.exact_bytes
-        return total
+    Biases are kept for each of them.
+    """
+    kinds = {int(labels[m]): i for i, m in reversed(list(enumerate(group.members)))}
+    biases = sum(p.exact_bytes for p in layer.projections if p.is_bias)
+    matrices = [p for p in layer.projections if not p.is_bias]
+    total = len(kinds) * biases
+    if not group.coded:
+        return total + sum(p.exact_bytes for p in matrices)
+    for projection, forms in zip(matrices, group.forms, strict=True):
+        total += forms[0].center_bytes(projection)
+        total += sum(forms[i].residual_bytes(projection) for i in kinds.values())
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +143,66 @@ class Inputs:
     merge: Merge
 
 
-def make_plan(inputs: Inputs, budget: Budget, match: Match) -> Plan:
-    """Groups that fit the budget.
-
-    Raises PlanError, with the smallest budget that can be met, if this one cannot.
-    """
-    planner = _Planner(inputs)
-    target = _expert_target(budget, inputs)
-    planner.merge_until(target, match)
-    planner.code_identical_until(target)
-    if planner.nbytes > target:
-        raise _impossible(budget, inputs, planner.nbytes)
-    return planner.finish(budget.text)
+def same_form(layer: ExpertLayer, group: Group, form: Form) -> Group:
+    """The group with one form for everything, if it is coded."""
+    matrices = sum(not p.is_bias for p in layer.projections)
+    forms = ((form,) * len(group.members),) * matrices if group.coded else ()
+    return replace(group, forms=forms)
 
 
-def restore_plan(value: Any, inputs: Inputs) -> Plan:
-    """A plan from its JSON; sizes and errors are computed anew.
+Groups = dict[tuple[int, int], list[Group]]  # (layer, expert) -> its groups
+
+
+def assemble(inputs: Inputs, groups: Groups, budget: str, loss: float | None = None) -> Plan:
+    """The plan of some groups that have their forms."""
+    layers = tuple(
+        _layer_plan(inputs, index, [sorted(groups[index, e]) for e in range(layer.num_experts)])
+        for index, layer in enumerate(inputs.architecture.layers)
+    )
+    return Plan(
+        variants=inputs.variants,
+        merge=inputs.merge,
+        layers=layers,
+        expert_bytes=sum(layer.nbytes for layer in layers),
+        expert_params=inputs.architecture.expert_params,
+        non_expert_bytes=inputs.non_expert_bytes,
+        budget=budget,
+        layout=layout_fingerprint(inputs.architecture),
+        loss=loss,
+    )
+
+
+def _layer_plan(inputs: Inputs, index: int, experts: list[list[Group]]) -> LayerPlan:
+    layer, distinct = inputs.architecture.layers[index], inputs.distinct[index]
+    placed = [(e, group) for e, groups in enumerate(experts) for group in groups]
+    squared = sum(_squared_error(inputs, index, *at) for at in placed)
+    return LayerPlan(
+        experts=tuple(map(tuple, experts)),
+        slots=len(placed),
+        nbytes=sum(group_bytes(layer, distinct[e], group) for e, group in placed),
+        expected_error=significant((squared / (layer.num_experts * len(inputs.variants))) ** 0.5),
+    )
+
+
+def _squared_error(inputs: Inputs, index: int, expert: int, group: Group) -> float:
+    """Summed over members: D_residual * (spread + D_center), Gaussian rounding errors."""
+    if not group.coded:
+        return 0.0
+    apart = inputs.errors[index][expert][np.ix_(group.members, group.members)] ** 2
+    # |x_i - mean|^2 = sum_j |x_i - x_j|^2 / n - half their mean; one member as center: their mean
+    spread = apart.mean(1) - (apart.mean() / 2 if inputs.merge.method != "representative" else 0)
+    matrices = [p.params for p in inputs.architecture.layers[index].projections if not p.is_bias]
+    total = 0.0
+    for params, forms in zip(matrices, group.forms, strict=True):
+        for form, own in zip(forms, spread, strict=True):
+            if form != EXACT:
+                kept = distortion(form.residual_bits) * (own + distortion(form.center_bits))
+                total += params / sum(matrices) * float(kept)
+    return total
+
+
+def parse_plan(value: Any, inputs: Inputs) -> tuple[Groups, str]:
+    """The groups and the budget of a plan in JSON.
 
     Raises PlanError if it is not a plan, or was made for other variants, shapes or codings, or
     would store experts once that differ.
@@ -169,40 +210,79 @@ def restore_plan(value: Any, inputs: Inputs) -> Plan:
     try:
         if value["plan_version"] != PLAN_VERSION:
             raise ValueError(f"plan_version is {value['plan_version']}, not {PLAN_VERSION}")
-        made_for = (tuple(value["variants"]), value["layout"], Merge(**value["merge"]))
+        made_for = (tuple(value["variants"]), value["layout"], value["merge"])
+        forms = [Form.parse(name) for name in value["forms"]] if inputs.merge.planned else []
         layers = [
-            [[_group(g) for g in groups] for groups in layer["experts"]]
+            [[_group(g, forms) for g in groups] for groups in layer["experts"]]
             for layer in value["layers"]
         ]
         budget = str(value["budget"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise PlanError(f"the file is not a plan: {type(error).__name__}: {error}") from None
-    if made_for != (inputs.variants, layout_fingerprint(inputs.architecture), inputs.merge):
+    merge = asdict(inputs.merge)
+    if made_for != (inputs.variants, layout_fingerprint(inputs.architecture), merge):
         raise PlanError(
             "the plan was made for other variants, shapes or `merge` settings than the recipe's",
             "make a new one with `--dry-run --plan-out`",
         )
-    planner = _Planner(inputs)
-    planner.adopt(layers)
-    return planner.finish(budget)
+    return _checked(layers, inputs), budget
 
 
-def _group(value: Any) -> Group:
-    """A group from its JSON, `[variant, ..., coded]`."""
-    *members, coded = value
-    if not members or type(coded) is not bool or any(type(m) is not int for m in members):
+def _group(value: Any, forms: Sequence[Form]) -> Group:
+    """A group from its JSON, `[variant, ..., coded or forms]`."""
+    *members, last = value
+    chosen = () if type(last) is bool else tuple(tuple(forms[i] for i in own) for own in last)
+    if not members or any(type(m) is not int for m in members):
         raise ValueError(f"`{value}` is not a group")
-    return Group(tuple(sorted(members)), coded)
+    if (type(last) is bool and last and forms) or any(len(own) != len(members) for own in chosen):
+        raise ValueError(f"`{value}` has no form for every member")
+    order = sorted(range(len(members)), key=members.__getitem__)
+    chosen = tuple(tuple(own[i] for i in order) for own in chosen)
+    return Group(tuple(sorted(members)), bool(last), chosen)
+
+
+def _checked(layers: list[list[list[Group]]], inputs: Inputs) -> Groups:
+    """The groups, if they place every expert and lose nothing."""
+    everyone, architecture = list(range(len(inputs.variants))), inputs.architecture
+    if len(layers) > len(architecture.layers):
+        raise PlanError(f"the plan has {len(layers)} layers, not {len(architecture.layers)}")
+    found: Groups = {}
+    for index, layer in enumerate(architecture.layers):
+        experts = layers[index] if index < len(layers) else []
+        if len(experts) != layer.num_experts:
+            raise PlanError(f"the plan does not place every expert of `{layer.name}`")
+        for expert, groups in enumerate(experts):
+            name = f"expert {expert} of `{layer.name}`"
+            if sorted(m for g in groups for m in g.members) != everyone:
+                raise PlanError(f"the plan does not place every variant of {name}")
+            for group in groups:
+                _check_group(group, layer, inputs.distinct[index][expert], name)
+            found[index, expert] = sorted(groups)
+    return found
+
+
+def _check_group(
+    group: Group, layer: ExpertLayer, labels: npt.NDArray[np.int64], name: str
+) -> None:
+    exact = not group.coded or any(form == EXACT for own in group.forms for form in own)
+    if exact and len({int(labels[m]) for m in group.members}) > 1:
+        raise PlanError(f"the plan stores {name} once for variants that differ")
+    matrices = sum(not p.is_bias for p in layer.projections)
+    if group.forms and len(group.forms) != matrices:
+        raise PlanError(f"the plan has no form for every projection of {name}")
+    if any(len({form.center for form in own}) > 1 for own in group.forms):
+        raise PlanError(f"the plan gives {name} several centers")
 
 
 def smallest_bytes(architecture: Architecture, count: int, merge: Merge) -> int:
     """The least expert bytes any plan can reach if no two variants share an expert's bits."""
-    costs = Costs(merge)
-    return sum(
-        layer.num_experts
-        * min(costs.group(layer, count, True), count * costs.group(layer, 1, False))
-        for layer in architecture.layers
-    )
+    total = 0
+    labels, alone = np.arange(count), Group((0,), False)
+    for layer in architecture.layers:
+        shared = same_form(layer, Group(tuple(range(count)), True), smallest_form(merge))
+        each = count * group_bytes(layer, labels, alone)
+        total += layer.num_experts * min(group_bytes(layer, labels, shared), each)
+    return total
 
 
 def layout_fingerprint(architecture: Architecture) -> str:
@@ -211,203 +291,7 @@ def layout_fingerprint(architecture: Architecture) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class _Planner:
-    """The groups of every (layer, expert) and their bytes, while they are merged."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.layers = inputs.architecture.layers
-        self.distances = inputs.distances
-        self.costs = Costs(inputs.merge)
-        self.groups: dict[tuple[int, int], list[Group]] = {
-            (layer, expert): _identical_groups(inputs.distinct[layer][expert])
-            for layer, found in enumerate(self.layers)
-            for expert in range(found.num_experts)
-        }
-        self.nbytes = self._total()
-
-    def _total(self) -> int:
-        return sum(self.bytes_of(*at, g) for at, groups in self.groups.items() for g in groups)
-
-    def kinds(self, layer: int, expert: int, group: Group) -> int:
-        """How many distinct experts a group holds."""
-        return len({int(self.inputs.distinct[layer][expert][m]) for m in group.members})
-
-    def bytes_of(self, layer: int, expert: int, group: Group) -> int:
-        return self.costs.group(self.layers[layer], self.kinds(layer, expert, group), group.coded)
-
-    def saved(self, at: tuple[int, int], a: Group, b: Group) -> int:
-        joined = self.bytes_of(*at, _join(a, b))
-        return self.bytes_of(*at, a) + self.bytes_of(*at, b) - joined
-
-    def replace(self, at: tuple[int, int], old: Sequence[Group], new: Group) -> None:
-        groups = [g for g in self.groups[at] if g not in old]
-        self.nbytes += self.bytes_of(*at, new) - sum(self.bytes_of(*at, g) for g in old)
-        self.groups[at] = sorted([*groups, new])
-
-    def merge_until(self, target: int, match: Match) -> None:
-        if match.algorithm == "hierarchical":
-            self._cut(target, match.linkage)
-        else:
-            self._greedy(target, match.linkage)
-
-    def _greedy(self, target: int, method: str) -> None:
-        heap: list[tuple[float, tuple[int, int], Group, Group]] = []
-
-        def push(at: tuple[int, int], a: Group, b: Group) -> None:
-            a, b = sorted((a, b))
-            if (saved := self.saved(at, a, b)) > 0:
-                apart = _linkage(self.distances[at[0]][at[1]], a, b, method)
-                heapq.heappush(heap, (apart / saved, at, a, b))
-
-        if self.nbytes > target:
-            for at, groups in self.groups.items():
-                for a, b in combinations(groups, 2):
-                    push(at, a, b)
-        while self.nbytes > target and heap:
-            _, at, a, b = heapq.heappop(heap)
-            if a in self.groups[at] and b in self.groups[at]:
-                joined = _join(a, b)
-                self.replace(at, (a, b), joined)
-                for other in self.groups[at]:
-                    if other != joined:
-                        push(at, other, joined)
-
-    def _cut(self, target: int, method: str) -> None:
-        if self.nbytes <= target:
-            return
-        trees = {
-            at: _tree(self.distances[at[0]][at[1]], g, method) for at, g in self.groups.items()
-        }
-        heights = np.unique(np.concatenate([t[:, 2] for t in trees.values()]))
-        low, high = 0, len(heights) - 1
-        while low < high:  # the bytes fall with the height
-            middle = (low + high) // 2
-            if self._bytes_at(trees, heights[middle]) <= target:
-                high = middle
-            else:
-                low = middle + 1
-        if len(heights):
-            for at, tree in trees.items():
-                self._apply(at, self._clusters(at, tree, heights[low]))
-
-    def _bytes_at(self, trees: dict[tuple[int, int], Array], height: float) -> int:
-        return sum(
-            self.bytes_of(*at, group)
-            for at, tree in trees.items()
-            for group in self._clusters(at, tree, height)
-        )
-
-    def _clusters(self, at: tuple[int, int], tree: Array, height: float) -> list[Group]:
-        groups = self.groups[at]
-        if not len(tree):
-            return list(groups)
-        merged: dict[int, Group] = {}
-        for group, label in zip(groups, fcluster(tree, height, "distance"), strict=True):
-            merged[label] = _join(merged[label], group) if label in merged else group
-        return list(merged.values())
-
-    def _apply(self, at: tuple[int, int], groups: list[Group]) -> None:
-        self.nbytes += sum(self.bytes_of(*at, g) for g in groups)
-        self.nbytes -= sum(self.bytes_of(*at, g) for g in self.groups[at])
-        self.groups[at] = sorted(groups)
-
-    def code_identical_until(self, target: int) -> None:
-        """Codes exact groups of several identical variants, in order of layer and expert."""
-        for at in sorted(self.groups):
-            for group in list(self.groups[at]):
-                if self.nbytes <= target:
-                    return
-                coded = replace(group, coded=True)
-                saves = self.bytes_of(*at, group) > self.bytes_of(*at, coded)
-                if len(group.members) > 1 and not group.coded and saves:
-                    self.replace(at, (group,), coded)
-
-    def adopt(self, layers: list[list[list[Group]]]) -> None:
-        """Takes over the groups of a saved plan, if they place every expert and lose nothing."""
-        everyone = list(range(len(self.inputs.variants)))
-        if len(layers) > len(self.layers):
-            raise PlanError(f"the plan has {len(layers)} layers, not {len(self.layers)}")
-        for layer, found in enumerate(self.layers):
-            experts = layers[layer] if layer < len(layers) else []
-            if len(experts) != found.num_experts:
-                raise PlanError(f"the plan does not place every expert of `{found.name}`")
-            for expert, groups in enumerate(experts):
-                name = f"expert {expert} of `{found.name}`"
-                if sorted(m for g in groups for m in g.members) != everyone:
-                    raise PlanError(f"the plan does not place every variant of {name}")
-                if any(not g.coded and self.kinds(layer, expert, g) > 1 for g in groups):
-                    raise PlanError(f"the plan stores {name} once for variants that differ")
-                self.groups[layer, expert] = sorted(groups)
-        self.nbytes = self._total()
-
-    def finish(self, budget: str) -> Plan:
-        inputs = self.inputs
-        return Plan(
-            variants=inputs.variants,
-            merge=inputs.merge,
-            layers=tuple(self._layer_plan(i) for i in range(len(self.layers))),
-            expert_bytes=self.nbytes,
-            expert_params=inputs.architecture.expert_params,
-            non_expert_bytes=inputs.non_expert_bytes,
-            budget=budget,
-            layout=layout_fingerprint(inputs.architecture),
-        )
-
-    def _layer_plan(self, layer: int) -> LayerPlan:
-        found = self.layers[layer]
-        experts = tuple(tuple(self.groups[layer, e]) for e in range(found.num_experts))
-        placed = [(layer, e, g) for e, groups in enumerate(experts) for g in groups]
-        squared = sum(self._squared_error(*at) for at in placed)
-        count = found.num_experts * len(self.inputs.variants)
-        return LayerPlan(
-            experts=experts,
-            slots=len(placed),
-            nbytes=sum(self.bytes_of(*at) for at in placed),
-            expected_error=significant((squared / count) ** 0.5),
-        )
-
-    def _squared_error(self, layer: int, expert: int, group: Group) -> float:
-        """Summed over members: D_residual * (spread + D_center), Gaussian rounding errors."""
-        if not group.coded:
-            return 0.0
-        merge = self.inputs.merge
-        apart = self.inputs.errors[layer][expert][np.ix_(group.members, group.members)]
-        n = len(group.members)
-        # mean: sum |x_i - mean|^2 = sum_{i<j} |x_i - x_j|^2 / n; one member as center: their mean
-        spread = float((apart**2).sum()) / n / (2 if merge.method == "mean" else 1)
-        return distortion(merge.residual) * (spread + n * distortion(merge.center))
-
-
-def _identical_groups(labels: Labels) -> list[Group]:
-    members: dict[int, list[int]] = {}
-    for variant, label in enumerate(labels):
-        members.setdefault(int(label), []).append(variant)
-    return [Group(tuple(m), False) for m in sorted(members.values())]
-
-
-def _join(a: Group, b: Group) -> Group:
-    return Group(tuple(sorted(a.members + b.members)), True)
-
-
-def _linkage(apart: Array, a: Group, b: Group, method: str) -> float:
-    between = apart[np.ix_(a.members, b.members)]
-    if method == "complete":
-        return float(between.max())
-    return float(between.min() if method == "single" else between.mean())
-
-
-def _tree(apart: Array, groups: list[Group], method: str) -> Array:
-    """SciPy's linkage over the distinct experts of one index, `[n - 1, 4]`."""
-    if len(groups) < 2:
-        return np.zeros((0, 4))
-    first = [g.members[0] for g in groups]
-    condensed = squareform(apart[np.ix_(first, first)], checks=False)
-    tree: Array = linkage(condensed, method)
-    return tree
-
-
-def _expert_target(budget: Budget, inputs: Inputs) -> int:
+def expert_target(budget: Budget, inputs: Inputs) -> int:
     if budget.ratio is not None:
         # In fractions of the decimal number: 1.35 is not 1.3499999.
         return int(Fraction(str(budget.ratio)) * 2 * inputs.architecture.expert_params)
@@ -415,7 +299,7 @@ def _expert_target(budget: Budget, inputs: Inputs) -> int:
     return budget.nbytes - inputs.non_expert_bytes
 
 
-def _impossible(budget: Budget, inputs: Inputs, smallest: int) -> PlanError:
+def impossible(budget: Budget, inputs: Inputs, smallest: int) -> PlanError:
     least = smallest_budget(budget, inputs.architecture, inputs.non_expert_bytes, smallest)
     return PlanError(
         f"a budget of `{budget.text}` cannot be met; the smallest possible one is `{least}`",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,9 @@ from moecc.strictyaml import (
 )
 
 MAX_BYTES = 2**20
+AUTO = "auto"
+CALIBRATED = ("weighted", "regmean")  # methods that need statistics of a text
+FROM_BASE = ("ties", "task-arithmetic")  # methods on deltas to the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,22 @@ class Variant:
 
     name: str
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Text that experts are measured on: files a variant, in recipe order, as written.
+
+    `samples` windows of `length` tokens are taken from each variant's text.
+    """
+
+    text: tuple[tuple[str, tuple[str, ...]], ...]
+    samples: int = 128
+    length: int = 512
+
+    def files(self, folder: Path) -> dict[str, tuple[Path, ...]]:
+        """Variant -> its files, relative ones starting at the recipe's `folder`."""
+        return {name: tuple(folder / file for file in files) for name, files in self.text}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +77,32 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True)
+class Params:
+    """Of task arithmetic and TIES: what deltas are scaled by (None: as their papers do), and the
+    part of their entries that TIES keeps.
+    """
+
+    scale: float | None = None
+    density: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
 class Merge:
-    """What a group keeps: center and residual in bits (16: as is, 0: none); group 0 is a row."""
+    """What a group keeps: center and residual in bits (16: as is, 0: none); group 0 is a row.
+
+    Where one of them is `auto`, the planner chooses for every expert and projection.
+    """
 
     method: str = "mean"
-    center: int = 16
-    residual: int = 0
-    group: int = 64
+    center: int | str = 16
+    residual: int | str = 0
+    group: int | str = 64
+    params: Params | None = None
+
+    @property
+    def planned(self) -> bool:
+        """True if the planner chooses forms."""
+        return AUTO in (self.center, self.residual, self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +130,7 @@ class Recipe:
     variants: tuple[Variant, ...]
     budget: Budget
     base: str | None = None
+    calibration: Calibration | None = None
     similarity: Similarity = Similarity()
     match: Match = Match()
     merge: Merge = Merge()
@@ -211,6 +250,66 @@ class _Variants:
         return {variant.name: self.entry.write(variant) for variant in value}
 
 
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Variant names to lists of files, in order; which names there must be is checked later."""
+
+    file: Scalar
+
+    def read(self, log: Log, node: yaml.Node, keys: Keys) -> Any:
+        """Pairs of a name and its files, or None after recording mistakes."""
+        entries = log.entries(node, keys, "{base: [base.txt], ...}")
+        if entries is None:
+            return None
+        found = []
+        for key, child in entries:
+            place = (*keys, key.value)
+            if not isinstance(child, yaml.SequenceNode) or not child.value:
+                what = "an empty list" if isinstance(child, yaml.SequenceNode) else kind(child)
+                log.wrong(child, place, f"expected a list of files such as `[a.txt]`, not {what}")
+                continue
+            found.append((key.value, tuple(self.file.read(log, c, place) for c in child.value)))
+        return tuple(found)
+
+    def write(self, value: Any) -> Any:
+        """The plain mapping `read` would read back."""
+        return {name: list(files) for name, files in value}
+
+
+def _parse_file(node: yaml.ScalarNode) -> str:
+    if kind(node) != "text":
+        raise ValueError(f"YAML reads {show(node.value)} as {kind(node)}, quote it")
+    if not node.value.strip() or _UNPRINTABLE.search(node.value):
+        raise ValueError(f"{show(node.value)} is not the name of a file")
+    return str(node.value)
+
+
+def _count(least: int, most: int) -> Scalar:
+    """A whole number within bounds, written in plain digits."""
+    expected = f"a whole number from {least} to {most}"
+
+    def parse(node: yaml.ScalarNode) -> int:
+        plain = re.fullmatch("[1-9][0-9]{0,17}", node.value) and kind(node) == "a number"
+        if not plain or not least <= int(node.value) <= most:
+            raise ValueError(f"{show(node.value)} is not {expected}")
+        return int(node.value)
+
+    return Scalar(expected, parse, int)
+
+
+def _fraction(most: float) -> Scalar:
+    """A number above zero, up to `most`."""
+    expected = f"a number above 0, up to {most:g}"
+
+    def parse(node: yaml.ScalarNode) -> float:
+        plain = re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,12})?", node.value) and kind(node) == "a number"
+        if not plain or not 0 < float(node.value) <= most:
+            raise ValueError(f"{show(node.value)} is not {expected}")
+        return float(node.value)
+
+    return Scalar(expected, parse, float)
+
+
 _SOURCE = Scalar("a folder or `org/model`", _parse_source)
 _VARIANT = Section(
     dict, "{source: org/model}", {"source": _SOURCE}, {"source": "source: org/model"}
@@ -224,8 +323,20 @@ _RECIPE = Section(
         "version": choice({1: 1}),
         "base": Scalar("the name of a variant", lambda node: str(node.value)),
         "variants": _Variants(_VARIANT),
+        "calibration": Section(
+            Calibration,
+            "{text: {base: [base.txt], ...}}",
+            {
+                "text": _Texts(Scalar("the name of a file", _parse_file)),
+                "samples": _count(1, 100_000),
+                "length": _count(2, 131_072),
+            },
+            {"text": "text: {base: [base.txt], ...}"},
+        ),
         "similarity": Section(
-            Similarity, "{metric: l2}", {"metric": words("l2", "cosine", "delta-cosine", "cka")}
+            Similarity,
+            "{metric: l2}",
+            {"metric": words("l2", "cosine", "delta-cosine", "cka", "output")},
         ),
         "match": Section(
             Match,
@@ -233,17 +344,20 @@ _RECIPE = Section(
             {
                 "algorithm": words("greedy", "hierarchical"),
                 "linkage": words("average", "complete", "single"),
-                "scope": words("same-index", later="any-index"),
+                "scope": words("same-index", "any-index"),
             },
         ),
         "merge": Section(
             Merge,
             "{center: 4bit, residual: 2bit}",
             {
-                "method": words("representative", "mean"),
-                "center": choice({f"{bits}bit": bits for bits in (16, 8, 6, 5, 4)}),
-                "residual": choice({"none": 0, "1bit": 1, "2bit": 2, "3bit": 3}),
-                "group": choice({32: 32, 64: 64, 128: 128, "row": 0}),
+                "method": words("joint", "mean", "representative", *CALIBRATED, *FROM_BASE),
+                "center": choice({AUTO: AUTO, **{f"{b}bit": b for b in (16, 8, 6, 5, 4)}}),
+                "residual": choice({"none": 0, "1bit": 1, "2bit": 2, "3bit": 3, AUTO: AUTO}),
+                "group": choice({32: 32, 64: 64, 128: 128, "row": 0, AUTO: AUTO}),
+                "params": Section(
+                    Params, "{scale: 0.4}", {"scale": _fraction(4.0), "density": _fraction(1.0)}
+                ),
             },
         ),
         "budget": Scalar(
@@ -274,11 +388,49 @@ def _check_base(log: Log, top: Mapping[str, yaml.Node]) -> None:
 
 
 def _check_metric(log: Log, top: Mapping[str, yaml.Node]) -> None:
-    """Deltas need a base; a wrong one has a message of its own."""
+    """Deltas need a base, outputs need a text; a wrong one of either has a message of its own."""
     metric = dict(pairs(top.get("similarity"))).get("metric")
-    if metric is not None and metric.value == "delta-cosine" and "base" not in top:
+    if metric is None:
+        return
+    if metric.value == "delta-cosine" and "base" not in top:
         what = "`delta-cosine` compares deltas to the base variant, and the recipe has no `base`"
         log.wrong(metric, ("similarity", "metric"), what)
+    if metric.value == "output" and "calibration" not in top:
+        what = "`output` compares what experts do to a text, and the recipe has no `calibration`"
+        log.wrong(metric, ("similarity", "metric"), what)
+
+
+def _check_method(log: Log, top: Mapping[str, yaml.Node]) -> None:
+    """Methods that need a text or a base have it."""
+    method = dict(pairs(top.get("merge"))).get("method")
+    if method is None:
+        return
+    for names, key, what in (
+        (CALIBRATED, "calibration", "weighs by statistics of a text"),
+        (FROM_BASE, "base", "adds up deltas to the base variant"),
+    ):
+        if method.value in names and key not in top:
+            log.wrong(
+                method,
+                ("merge", "method"),
+                f"{show(method.value)} {what}, and the recipe has no `{key}`",
+            )
+
+
+def _check_calibration(log: Log, top: Mapping[str, yaml.Node]) -> None:
+    """Every variant has text, and only variants do."""
+    text = dict(pairs(top.get("calibration"))).get("text")
+    names = [name for name, _ in pairs(top.get("variants"))]
+    if not isinstance(text, yaml.MappingNode) or not names:
+        return
+    keys, given = ("calibration", "text"), dict(pairs(text))
+    for key, _ in text.value:
+        if isinstance(key, yaml.ScalarNode) and key.value not in names:
+            known = guess(key.value, names, "the variants are")
+            log.wrong(key, (*keys, key.value), f"{show(key.value)} is not a variant{known}")
+    missing = [show(name) for name in names if name not in given]
+    if missing:
+        log.wrong(text, keys, f"no text for {', '.join(missing)}; every variant needs some")
 
 
 _MINIMAL = """a minimal recipe is
@@ -300,10 +452,15 @@ def parse_recipe(text: str, folder: Path, filename: str = "<recipe>") -> Recipe:
     top = dict(pairs(node))
     _check_base(log, top)
     _check_metric(log, top)
+    _check_calibration(log, top)
+    _check_method(log, top)
     if log.found:
         raise RecipeError(log.report(filename), "`recipes/schema.json` lists every key and value")
     del values["version"]
-    return Recipe(**values, folder=folder)
+    found = Recipe(**values, folder=folder)
+    if "method" not in dict(pairs(top.get("merge"))) and (found.calibration or found.merge.planned):
+        return replace(found, merge=replace(found.merge, method="joint"))
+    return found
 
 
 def load_recipe(path: Path) -> Recipe:

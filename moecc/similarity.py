@@ -251,7 +251,7 @@ def cache_folder() -> Path:
 
 def _cache_key(architecture: Architecture, variants: Sequence[OpenVariant], cka: bool) -> str:
     layers = [(a.name, a.num_experts, [p.name for p in a.projections]) for a in architecture.layers]
-    prints = [v.checkpoint.source.fingerprint for v in variants]
+    prints = [v.fingerprint for v in variants]
     text = json.dumps([CACHE_VERSION, layers, prints, cka])
     return hashlib.sha256(text.encode()).hexdigest()
 

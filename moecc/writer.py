@@ -15,9 +15,8 @@ from typing import IO
 import torch
 
 from moecc import nonexpert
-from moecc.bank import Job, LayerBank, Pool, ProjectionBank
+from moecc.bank import ABSENT, Job, LayerBank, Pool, ProjectionBank
 from moecc.checkpoint import TORCH_DTYPES, tensor_bytes
-from moecc.coding import Coding
 from moecc.files import to_json
 from moecc.manifest import (
     NON_EXPERT,
@@ -28,11 +27,10 @@ from moecc.manifest import (
     variant_file,
     variant_folder,
 )
-from moecc.merge import code_tile
+from moecc.merging import Merging
 from moecc.parallel import ordered
-from moecc.recipe import Merge
 from moecc.tensorfile import TensorInfo, build_header, pwrite_full
-from moecc.variants import OpenVariant, row_spans
+from moecc.variants import OpenVariant
 
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
@@ -69,10 +67,7 @@ def write_layer(
     folder: Path,
     shards: Sequence[Shard],
     bank: LayerBank,
-    layer: int,
-    variants: Sequence[OpenVariant],
-    merge: Merge,
-    device: str,
+    merging: Merging,
     pool: ThreadPoolExecutor,
     on_bytes: Callable[[int], None],
 ) -> float:
@@ -84,14 +79,13 @@ def write_layer(
         (projection, job, span)
         for projection in bank.projections
         for job in projection.jobs
-        for span in row_spans(projection.projection, variants)
+        for span in merging.spans(projection.projection, job)
     ]
     error = 0.0
     with _open_shards(folder, shards) as slots:
 
         def run(task: tuple[ProjectionBank, Job, range]) -> float:
-            tile = _Tile(bank, *task, layer, variants, merge, device, slots)
-            return tile.write()
+            return _Tile(bank, *task, merging, slots).write()
 
         for task, squared in zip(tasks, ordered(pool, run, tasks), strict=True):
             error += squared
@@ -142,32 +136,28 @@ class _Tile:
     projection: ProjectionBank
     job: Job
     span: range
-    layer: int
-    variants: Sequence[OpenVariant]
-    merge: Merge
-    device: str
+    merging: Merging
     slots: _Slots
 
     def write(self) -> float:
-        job = self.job
+        job, projection = self.job, self.projection.projection
         if not job.coded:
-            self._put(job.center, [self._rows(job.members[0][0])])
+            self._put(job.center, [self.merging.exact_rows(projection, job, self.span)])
             return 0.0
-        coded = code_tile(
-            [self._rows(variant).to(self.device, torch.float32) for variant, _ in job.members],
-            [times for _, times in job.members],
-            representative=job.representative if self.merge.method == "representative" else None,
-            center=self._pool(job.center).packed or TORCH_DTYPES[self._pool(job.center).coding],
-            residual=Coding(self.merge.residual, self.merge.group) if job.residuals else None,
+        pool = self._pool(job.center)
+        residuals = [None if at == ABSENT else self._pool(at).packed for at in job.residuals]
+        coded = self.merging.code(
+            projection,
+            job,
+            self.span,
+            center=pool.packed or TORCH_DTYPES[pool.coding],
+            residuals=residuals or [None] * len(job.members),
         )
         self._put(job.center, coded.center)
-        for at, parts in zip(job.residuals, coded.residuals, strict=True):
-            self._put(at, parts)
+        for at, parts in zip(job.residuals, coded.residuals, strict=False):
+            if at != ABSENT:
+                self._put(at, parts)
         return coded.squared_error
-
-    def _rows(self, variant: int) -> torch.Tensor:
-        name = self.projection.projection.name
-        return self.variants[variant].rows(self.layer, name, self.job.expert, self.span)
 
     def _pool(self, at: tuple[int, int]) -> Pool:
         return self.projection.pools[at[0]]

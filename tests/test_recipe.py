@@ -43,7 +43,10 @@ variants:
   chat: {source: x/chat}
 budget: 1.35x
 """
-KEYS = "`version`, `base`, `variants`, `similarity`, `match`, `merge`, `budget`, `output`"
+KEYS = (
+    "`version`, `base`, `variants`, `calibration`, `similarity`, `match`, `merge`, `budget`, "
+    "`output`"
+)
 RULE = "use up to 64 letters, digits, `.`, `_` and `-`, a letter or digit first"
 NO_BASE = (
     "6:22: similarity -> metric: `delta-cosine` compares deltas to the base variant, "
@@ -98,14 +101,74 @@ APPENDED = [
         "similarity: {metric: cosin}\n",
         [
             "6:22: similarity -> metric: `cosin` is not one of "
-            "`l2`, `cosine`, `delta-cosine`, `cka`, did you mean `cosine`?"
+            "`l2`, `cosine`, `delta-cosine`, `cka`, `output`, did you mean `cosine`?"
         ],
     ),
+    (
+        "similarity: {metric: output}\n",
+        [
+            "6:22: similarity -> metric: `output` compares what experts do to a text, "
+            "and the recipe has no `calibration`"
+        ],
+    ),
+    (
+        "calibration: {samples: 4}\n",
+        ["6:14: calibration -> text: missing, write for example `text: {base: [base.txt], ...}`"],
+    ),
+    (
+        "calibration: {text: [a.txt]}\n",
+        [
+            "6:21: calibration -> text: expected a mapping such as `{base: [base.txt], ...}`, "
+            "not a list"
+        ],
+    ),
+    (
+        "calibration: {text: {base: [a.txt]}}\n",
+        ["6:21: calibration -> text: no text for `chat`; every variant needs some"],
+    ),
+    (
+        "calibration: {text: {base: [a.txt], chat: [b.txt], caht: [b.txt]}}\n",
+        [
+            "6:52: calibration -> text -> caht: `caht` is not a variant, did you mean `chat`?",
+        ],
+    ),
+    (
+        "calibration: {text: {base: a.txt, chat: []}}\n",
+        [
+            "6:28: calibration -> text -> base: expected a list of files such as `[a.txt]`, "
+            "not text",
+            "6:41: calibration -> text -> chat: expected a list of files such as `[a.txt]`, "
+            "not an empty list",
+        ],
+    ),
+    (
+        "calibration: {text: {base: [1.5], chat: [' ', {}]}}\n",
+        [
+            "6:29: calibration -> text -> base: YAML reads `1.5` as a number, quote it",
+            "6:42: calibration -> text -> chat: ` ` is not the name of a file",
+            "6:47: calibration -> text -> chat: expected the name of a file, not a mapping",
+        ],
+    ),
+    (
+        "calibration:\n  text: {base: [a], chat: [b]}\n  samples: 0\n  length: 1\n",
+        [
+            "8:12: calibration -> samples: `0` is not a whole number from 1 to 100000",
+            "9:11: calibration -> length: `1` is not a whole number from 2 to 131072",
+        ],
+    ),
+    (
+        "calibration:\n  text: {base: [a], chat: [b]}\n  samples: '8'\n  length: 1e3\n",
+        [
+            "8:12: calibration -> samples: `8` is not a whole number from 1 to 100000",
+            "9:11: calibration -> length: `1e3` is not a whole number from 2 to 131072",
+        ],
+    ),
+    ("samples: 4\n", ["6:1: samples: unknown key, it belongs under `calibration`"]),
     (
         "similarity: {metric: {}}\n",
         [
             "6:22: similarity -> metric: expected one of "
-            "`l2`, `cosine`, `delta-cosine`, `cka`, not a mapping"
+            "`l2`, `cosine`, `delta-cosine`, `cka`, `output`, not a mapping"
         ],
     ),
     ("similarity: {metric: delta-cosine}\n", [NO_BASE]),
@@ -656,6 +719,64 @@ def test_schema_and_parser_require_the_same(key: str) -> None:
     assert f": {key}: missing" in message(yaml.safe_dump(plain))
 
 
+CALIBRATION = {"text": {"base": ["base.txt"], "chat": ["/c.txt", "d.txt"]}}
+CALIBRATED = FULL | {"calibration": CALIBRATION}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("text",), []),
+        (("text",), {"base": ["a"]}),
+        (("text", "chat"), []),
+        (("text", "chat"), "a"),
+        (("text", "chat"), [1]),
+        (("text", "chat"), [" "]),
+        (("samples",), 0),
+        (("samples",), 100_001),
+        (("samples",), "8"),
+        (("length",), 1),
+        (("length",), 131_073),
+        (("extra",), 1),
+    ],
+)
+def test_schema_and_parser_refuse_the_same_calibration(
+    place: tuple[str, ...], value: object
+) -> None:
+    plain: Any = json.loads(json.dumps(CALIBRATED))
+    SCHEMA.validate(plain)
+    inner = plain["calibration"]
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        SCHEMA.validate(plain)
+    assert "calibration -> " in message(yaml.safe_dump(plain, sort_keys=False))
+
+
+def test_calibration() -> None:
+    recipe = parse_recipe(yaml.safe_dump(CALIBRATED, sort_keys=False), HERE)
+    assert recipe.calibration is not None
+    assert (recipe.calibration.samples, recipe.calibration.length) == (128, 512)
+    assert recipe.calibration.files(HERE) == {
+        "base": (HERE / "base.txt",),
+        "chat": (Path("/c.txt"), HERE / "d.txt"),
+    }
+    plain = recipe.to_dict()
+    assert plain["calibration"] == {**CALIBRATION, "samples": 128, "length": 512}
+    assert parse_recipe(yaml.safe_dump(plain, sort_keys=False), HERE) == recipe
+
+
+def test_schema_and_parser_require_a_calibration_for_output() -> None:
+    plain = {**CALIBRATED, "similarity": {"metric": "output"}}
+    SCHEMA.validate(plain)
+    assert parse_recipe(yaml.safe_dump(plain), HERE).similarity.metric == "output"
+    del plain["calibration"]
+    with pytest.raises(jsonschema.ValidationError, match="'calibration' is a required property"):
+        SCHEMA.validate(plain)
+    assert "the recipe has no `calibration`" in message(yaml.safe_dump(plain))
+
+
 def test_schema_and_parser_require_a_base_for_delta_cosine() -> None:
     plain = {**FULL, "similarity": {"metric": "delta-cosine"}}
     SCHEMA.validate(plain)
@@ -671,6 +792,9 @@ def test_parser_takes_every_value_of_the_schema(section: str) -> None:
     for key, value in schema["properties"][section]["properties"].items():
         for spelling in value.get("enum", ()):
             full = {**FULL, section: {**FULL[section], key: spelling}}
+            if spelling == "output":
+                text = {"text": CALIBRATION["text"], "samples": 128, "length": 512}
+                full["calibration"] = text
             assert parse_recipe(yaml.safe_dump(full, sort_keys=False), HERE).to_dict() == full
 
 
@@ -680,7 +804,10 @@ def test_schema_knows_every_default_and_describes_every_key() -> None:
         properties = schema["properties"][section]["properties"]
         assert {key: p["default"] for key, p in properties.items()} == FULL[section]
         assert all(p["description"] for p in properties.values())
-    assert list(schema["properties"]) == list(FULL)
+    assert list(schema["properties"]) == [*list(FULL)[:3], "calibration", *list(FULL)[3:]]
+    text = schema["properties"]["calibration"]["properties"]
+    assert (text["samples"]["default"], text["length"]["default"]) == (128, 512)
+    assert all(p["description"] for p in text.values())
     assert all(p["description"] for p in schema["properties"].values())
 
 

@@ -83,10 +83,10 @@ class Memory:
     fingerprint: str = ""
     reads: int = 0
 
-    @property
-    def checkpoint(self) -> Any:
-        source = SimpleNamespace(fingerprint=self.fingerprint or self.name)
-        return SimpleNamespace(source=source, row_align=1)
+    checkpoint = SimpleNamespace(row_align=1)
+
+    def __post_init__(self) -> None:
+        self.fingerprint = self.fingerprint or self.name
 
     def rows(self, layer: int, projection: str, expert: int, span: range) -> torch.Tensor:
         self.reads += 1

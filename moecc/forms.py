@@ -1,0 +1,118 @@
+"""The forms in which an expert's matrix can be stored, and what each takes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moecc.architecture import Projection
+from moecc.coding import Coding
+from moecc.recipe import AUTO, Merge
+
+PLAIN, KEPT = "16bit", "exact"
+# What `auto` chooses from.
+CENTER_BITS, RESIDUAL_BITS, GROUPS = (2, 3, 4, 5, 6, 8, 16), (0, 1, 2, 3), (64, 0)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Form:
+    """A center and the residual of one member.
+
+    `center` is the name of a coding, `16bit` (plain, rounded to 16 bits) or `exact` (one expert as
+    its source has it); `residual` the name of a coding, or empty.
+    """
+
+    center: str
+    residual: str = ""
+
+    @classmethod
+    def parse(cls, name: str) -> Form:
+        """The form called `name`, for example `4bit-g64+2bit-g64`, `16bit` or `exact`."""
+        center, plus, residual = name.partition("+")
+        form = cls(center, residual)
+        if center not in (PLAIN, KEPT):
+            Coding.parse(center)
+        if plus:
+            Coding.parse(residual)
+        if plus and center == KEPT:
+            raise ValueError(f"not the name of a form: {name!r}")
+        return form
+
+    @property
+    def name(self) -> str:
+        """The name that `parse` reads."""
+        return f"{self.center}+{self.residual}" if self.residual else self.center
+
+    @property
+    def center_coding(self) -> Coding | None:
+        """None where the center is plain."""
+        return None if self.center in (PLAIN, KEPT) else _coding(self.center)
+
+    @property
+    def residual_coding(self) -> Coding | None:
+        return _coding(self.residual) if self.residual else None
+
+    @property
+    def center_bits(self) -> int:
+        coding = self.center_coding
+        return coding.bits if coding else 16
+
+    @property
+    def residual_bits(self) -> int:
+        """0 without a residual."""
+        coding = self.residual_coding
+        return coding.bits if coding else 0
+
+    def center_bytes(self, projection: Projection) -> int:
+        """Bytes of a slot of the center."""
+        if self.center == KEPT:
+            return projection.exact_bytes
+        coding = self.center_coding
+        return coding.nbytes(*projection.matrix) if coding else 2 * projection.params
+
+    def residual_bytes(self, projection: Projection) -> int:
+        """Bytes of a slot of a residual."""
+        coding = self.residual_coding
+        return coding.nbytes(*projection.matrix) if coding else 0
+
+
+@lru_cache(maxsize=256)
+def _coding(name: str) -> Coding:
+    return Coding.parse(name)
+
+
+EXACT = Form(KEPT)
+
+
+def fixed_form(merge: Merge) -> Form:
+    """The one form of a recipe's `merge` in which nothing is `auto`."""
+    assert not merge.planned, "the planner chooses"
+    center, residual, group = int(merge.center), int(merge.residual), int(merge.group)
+    return Form(
+        PLAIN if center == 16 else Coding(center, group).name,
+        Coding(residual, group).name if residual else "",
+    )
+
+
+def candidate_forms(merge: Merge) -> tuple[Form, ...]:
+    """All forms a recipe's `merge` leaves to choose from, sorted."""
+    groups = GROUPS if merge.group == AUTO else (merge.group,)
+    centers = CENTER_BITS if merge.center == AUTO else (merge.center,)
+    residuals = RESIDUAL_BITS if merge.residual == AUTO else (merge.residual,)
+    found = {EXACT}
+    for center, group, bits in itertools.product(centers, groups, residuals):
+        if int(bits) < int(center):
+            found.add(fixed_form(Merge(center=center, residual=bits, group=group)))
+    return tuple(sorted(found))
+
+
+def smallest_form(merge: Merge) -> Form:
+    """The form of a recipe's `merge` that takes the fewest bytes."""
+    return fixed_form(
+        Merge(
+            center=min(CENTER_BITS) if merge.center == AUTO else merge.center,
+            residual=min(RESIDUAL_BITS) if merge.residual == AUTO else merge.residual,
+            group=0 if merge.group == AUTO else merge.group,
+        )
+    )
