@@ -399,7 +399,7 @@ def _cache_key(
     block: int,
 ) -> str:
     layers = [(a.name, a.num_experts, [p.name for p in a.projections]) for a in architecture.layers]
-    prints = [v.checkpoint.source.fingerprint for v in variants]
+    prints = [v.fingerprint for v in variants]
     digests = [batch.digest() for batch in batches]
     sizes = [settings.samples, settings.length, block]
     text = json.dumps([CACHE_VERSION, architecture.class_name, layers, prints, digests, sizes])

@@ -52,13 +52,15 @@ def make_plan(inputs: Inputs, budget: Budget, match: Match) -> Plan:
 
 
 def restore_plan(value: Any, inputs: Inputs) -> Plan:
-    """A plan from its JSON; sizes and errors are computed anew.
+    """A plan from its JSON; sizes and errors are computed anew, but for an expected loss.
 
     Raises PlanError if it is not a plan, or was made for other variants, shapes or codings, or
     would store experts once that differ.
     """
-    groups, budget = parse_plan(value, inputs)
-    return assemble(inputs, groups if inputs.merge.planned else _with_form(inputs, groups), budget)
+    groups, budget, loss = parse_plan(value, inputs)
+    if not inputs.merge.planned:
+        groups = _with_form(inputs, groups)
+    return assemble(inputs, groups, budget, loss)
 
 
 def _with_form(inputs: Inputs, groups: Groups) -> Groups:

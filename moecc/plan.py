@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -20,7 +21,7 @@ from moecc.architecture import Architecture, ExpertLayer
 from moecc.coding import distortion
 from moecc.errors import PlanError
 from moecc.forms import EXACT, Form, smallest_form
-from moecc.recipe import Budget, Merge
+from moecc.recipe import Budget, Merge, Params
 from moecc.similarity import Array, Labels
 
 PLAN_VERSION = 1
@@ -201,8 +202,8 @@ def _squared_error(inputs: Inputs, index: int, expert: int, group: Group) -> flo
     return total
 
 
-def parse_plan(value: Any, inputs: Inputs) -> tuple[Groups, str]:
-    """The groups and the budget of a plan in JSON.
+def parse_plan(value: Any, inputs: Inputs) -> tuple[Groups, str, float | None]:
+    """The groups, the budget and the loss of a plan in JSON.
 
     Raises PlanError if it is not a plan, or was made for other variants, shapes or codings, or
     would store experts once that differ.
@@ -210,35 +211,64 @@ def parse_plan(value: Any, inputs: Inputs) -> tuple[Groups, str]:
     try:
         if value["plan_version"] != PLAN_VERSION:
             raise ValueError(f"plan_version is {value['plan_version']}, not {PLAN_VERSION}")
-        made_for = (tuple(value["variants"]), value["layout"], value["merge"])
-        forms = [Form.parse(name) for name in value["forms"]] if inputs.merge.planned else []
+        merge = _merge(value["merge"])
+        made_for = (tuple(value["variants"]), value["layout"], merge)
+        forms = [_form(name) for name in value["forms"]] if merge.planned else None
         layers = [
             [[_group(g, forms) for g in groups] for groups in layer["experts"]]
             for layer in value["layers"]
         ]
-        budget = str(value["budget"])
+        budget, loss = str(value["budget"]), value.get("loss") if merge.planned else None
+        if loss is not None and (type(loss) not in (int, float) or not 0 <= loss < math.inf):
+            raise ValueError(f"`{loss}` is not a loss")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise PlanError(f"the file is not a plan: {type(error).__name__}: {error}") from None
-    merge = asdict(inputs.merge)
-    if made_for != (inputs.variants, layout_fingerprint(inputs.architecture), merge):
+    if made_for != (inputs.variants, layout_fingerprint(inputs.architecture), inputs.merge):
         raise PlanError(
             "the plan was made for other variants, shapes or `merge` settings than the recipe's",
             "make a new one with `--dry-run --plan-out`",
         )
-    return _checked(layers, inputs), budget
+    return _checked(layers, inputs), budget, loss
 
 
-def _group(value: Any, forms: Sequence[Form]) -> Group:
-    """A group from its JSON, `[variant, ..., coded or forms]`."""
-    *members, last = value
-    chosen = () if type(last) is bool else tuple(tuple(forms[i] for i in own) for own in last)
-    if not members or any(type(m) is not int for m in members):
+def _merge(value: Any) -> Merge:
+    """A recipe's `merge` from its JSON; TypeError if it is none."""
+    values = {**value}
+    params = values.get("params")
+    return Merge(**(values | {"params": None if params is None else Params(**params)}))
+
+
+def _form(name: Any) -> Form:
+    if type(name) is not str:
+        raise ValueError(f"`{name}` is not the name of a form")
+    return Form.parse(name)
+
+
+def _group(value: Any, forms: Sequence[Form] | None) -> Group:
+    """A group from its JSON, `[variant, ..., coded]` or `[variant, ..., numbers of forms]`.
+
+    `forms` are those of a planned merge, which every coded group then has.
+    """
+    if type(value) is not list or any(type(m) is not int for m in value[:-1]) or len(value) < 2:
         raise ValueError(f"`{value}` is not a group")
-    if (type(last) is bool and last and forms) or any(len(own) != len(members) for own in chosen):
+    *members, last = value
+    if last is False or (last is True and forms is None):
+        return Group(tuple(sorted(members)), last)
+    if forms is None or not _is_numbers(last, len(members), len(forms)):
         raise ValueError(f"`{value}` has no form for every member")
     order = sorted(range(len(members)), key=members.__getitem__)
-    chosen = tuple(tuple(own[i] for i in order) for own in chosen)
-    return Group(tuple(sorted(members)), bool(last), chosen)
+    chosen = tuple(tuple(forms[own[i]] for i in order) for own in last)
+    return Group(tuple(sorted(members)), True, chosen)
+
+
+def _is_numbers(value: Any, members: int, forms: int) -> bool:
+    """True for a list of lists, each with a number below `forms` for every member."""
+    return (
+        type(value) is list
+        and bool(value)
+        and all(type(own) is list and len(own) == members for own in value)
+        and all(type(i) is int and 0 <= i < forms for own in value for i in own)
+    )
 
 
 def _checked(layers: list[list[list[Group]]], inputs: Inputs) -> Groups:

@@ -57,7 +57,9 @@ class Routed:
             empty while the layer is not loaded.
     """
 
-    def __init__(self, number: int, layer: ExpertLayer, module: Any) -> None:
+    def __init__(self, number: int, layer: ExpertLayer, module: Any, canonical: Tensor) -> None:
+        """`canonical`, int64 [E], is the expert that stands for each of the router's."""
+        self._canonical = canonical
         self.number, self.layer, self.module = number, layer, module
         self.names = _order(layer)
         self.values: dict[str, Tensor] = {}
@@ -94,6 +96,9 @@ class Routed:
         Deterministic on any device: every (token, choice) has a row of its own to be summed from.
         """
         assert self.observer is not None
+        known = (index >= 0) & (index < self.layer.num_experts)
+        own = index.clamp(0, self.layer.num_experts - 1)
+        index = torch.where(known, self._canonical[own], -1)
         self.observer.tokens(self.number, hidden.detach(), index, gates.detach())
         choices, flat, flat_gates = index.shape[1], index.reshape(-1), gates.reshape(-1)
         parts, rows = [], []

@@ -149,7 +149,8 @@ class Streamed:
                 what = f"`{layer.name}` of variant `{self.variant.name}` is in no list of layers"
                 raise SourceError(what, "this architecture cannot be calibrated yet")
             module = self.model.get_submodule(layer.name)
-            one = Routed(number, layer, module)
+            canonical = torch.from_numpy(self.variant.own_index(number)).argsort()
+            one = Routed(number, layer, module, canonical.to(self.device))
             one.observer = self.watcher
             owner[home].experts.append(one)
             if isinstance(module, nn.ModuleDict):

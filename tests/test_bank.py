@@ -27,8 +27,9 @@ from moecc.bank import (
 )
 from moecc.checkpoint import TORCH_DTYPES
 from moecc.coding import Coding
+from moecc.grouping import make_plan, restore_plan
 from moecc.merge import code_tile
-from moecc.plan import Group, Inputs, LayerPlan, Plan, make_plan, restore_plan
+from moecc.plan import Group, Inputs, LayerPlan, Plan
 from moecc.recipe import Budget, Match, Merge
 from moecc.similarity import Labels
 
@@ -59,7 +60,7 @@ def layers_of(plan: Plan, inputs: Inputs, dtype: str) -> list[LayerBank]:
     for layer, planned, labels in zip(
         inputs.architecture.layers, plan.layers, inputs.distinct, strict=True
     ):
-        banks.append(lay_out(layer, planned, labels, inputs.merge, dtype, number))
+        banks.append(lay_out(layer, planned, labels, dtype, number))
         number += coded_groups(planned)
     return banks
 
@@ -268,14 +269,15 @@ def test_the_tensors_hold_what_coding_a_group_gives(case: Case) -> None:
                 parts: list[tuple[torch.Tensor, ...]]
                 if job.coded:
                     pools += [found.pools[pool] for pool, _ in job.residuals[:1]]
+                    coding = Coding(merge.residual, merge.group) if merge.residual else None
                     tile = code_tile(
                         [torch.ones(rows, cols)],
                         [1],
-                        representative=None,
+                        wanted=torch.ones(rows, cols),
                         center=pools[0].packed or TORCH_DTYPES[pools[0].coding],
-                        residual=Coding(merge.residual, merge.group) if merge.residual else None,
+                        residuals=[coding],
                     )
-                    parts = [tile.center, *tile.residuals]
+                    parts = [tile.center, *(tile.residuals if coding else ())]
                 else:
                     dtype = TORCH_DTYPES[found.projection.dtype]
                     parts = [(torch.zeros(found.projection.shape, dtype=dtype),)]
@@ -338,9 +340,9 @@ def test_a_layer_by_hand() -> None:
         Pool("center", "F16", 1),
     )
     assert weights.jobs == (
-        Job(0, ((0, 1), (2, 1)), True, (0, 0), ((1, 0), (1, 1)), 0),
-        Job(0, ((1, 1),), False, (2, 0), (), 0),
-        Job(1, ((0, 2), (2, 1)), True, (0, 1), ((1, 2), (1, 3)), 0),
+        Job(0, ((0, 1), (2, 1)), True, (0, 0), ((1, 0), (1, 1)), 0, ((0,), (2,)), False),
+        Job(0, ((1, 1),), False, (2, 0), (), 0, ((1,),), True),
+        Job(1, ((0, 2), (2, 1)), True, (0, 1), ((1, 2), (1, 3)), 0, ((0, 1), (2,)), False),
     )
     assert biases.pools == (Pool("center", "F32", 5),)
     assert [(job.expert, job.members, job.coded) for job in biases.jobs] == [
@@ -410,7 +412,7 @@ def test_a_representative_that_is_identical_to_another() -> None:
     inputs = inputs_of([layer], 3, Merge("representative", 16, 0, 64), [np.array([[0, 1, 1]])])
     plan = plan_of(inputs, [[[[0, 1, 2, True]]]])
     for number, index in [(0, 0), (1, 1), (2, 1), (3, 0)]:
-        bank = lay_out(layer, plan.layers[0], inputs.distinct[0], inputs.merge, "BF16", number)
+        bank = lay_out(layer, plan.layers[0], inputs.distinct[0], "BF16", number)
         (job,) = bank.projections[0].jobs
         assert job.members == ((0, 1), (1, 2))
         assert job.representative == index

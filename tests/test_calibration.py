@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from moecc.errors import RecipeError, SourceError
 from moecc.measured import Measured, choose_block, weights
 from moecc.recipe import Calibration
 from moecc.sources import resolve
-from moecc.variants import OpenVariant, open_variants
+from moecc.variants import Alignment, LayerAlignment, OpenVariant, open_variants
 
 SAMPLES, LENGTH = 6, 10
 ENCODER_DECODER = ("switch",)
@@ -674,6 +674,27 @@ def test_quantized_sources_are_their_dequantized_weights(shared: Make, tmp_path:
             assert (output == 0).all()
             for array in others:
                 np.testing.assert_array_equal(array[:, 0], array[:, 1])
+
+
+def test_an_alignment_only_renames_experts_and_neurons(shared: Make, tmp_path: Path) -> None:
+    found = case(shared, tmp_path, "mixtral")
+    own, neurons = np.array([2, 0, 3, 1]), np.random.default_rng(0).permutation(48)
+    layer = LayerAlignment(own, {1: neurons})
+    with found.run(cache=tmp_path / "cache") as plain:
+        found.variants[1] = replace(found.variants[1], alignment=Alignment((layer, layer)))
+        with found.run(cache=tmp_path / "cache") as result:
+            for i in range(2):
+                for name in ("frequency", "output_norm", "sensitivity"):
+                    before, after = (getattr(r, name)[i] for r in (plain, result))
+                    np.testing.assert_allclose(after[:, 0], before[:, 0])
+                    np.testing.assert_allclose(after[:, 1], before[own, 1], rtol=1e-4)
+                for e, expert in enumerate(own):
+                    for name in ("gate_up_proj", "down_proj"):
+                        moments = plain.moments(i, name, int(expert), 1)[0]
+                        if (name, e) == ("down_proj", 1):
+                            moments = moments[neurons][:, neurons]
+                        found_moments = result.moments(i, name, e, 1)[0]
+                        torch.testing.assert_close(found_moments, moments, rtol=1e-3, atol=1e-7)
 
 
 def test_computed_buffers_of_a_block_stay(

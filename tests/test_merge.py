@@ -68,7 +68,7 @@ def served(
     """
     value = stored_center(tile, center, columns)
     if residual is None:
-        assert tile.residuals == ()
+        assert tile.residuals == ((),) * count
         plain = value if isinstance(center, torch.dtype) else to_bfloat16(value.numpy())
         return [plain] * count
     assert len(tile.residuals) == count
@@ -83,6 +83,20 @@ def to_bfloat16(x: np.ndarray) -> Tensor:
     bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return torch.from_numpy(rounded.astype(np.uint32).view(np.float32))
+
+
+def coded_tile(
+    tiles: list[Tensor],
+    weights: list[int],
+    *,
+    representative: int | None,
+    center: Coding | torch.dtype,
+    residual: Coding | None,
+) -> CodedTile:
+    """Around one of the tiles or their mean, with the same residual for everyone."""
+    wanted = mean(tiles, weights) if representative is None else tiles[representative]
+    residuals = [residual] * len(tiles)
+    return code_tile(tiles, weights, wanted=wanted, center=center, residuals=residuals)
 
 
 # The mean
@@ -140,13 +154,13 @@ def test_plain_mean_by_hand() -> None:
     """1 and 1 + 2**-7 are neighbors in bfloat16: their mean is a tie and goes to the even, 1."""
     step = 2.0**-7
     tiles = [torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0 + step, 4.0]])]
-    tile = code_tile(tiles, [1, 1], representative=None, center=torch.bfloat16, residual=None)
+    tile = coded_tile(tiles, [1, 1], representative=None, center=torch.bfloat16, residual=None)
     (center,) = tile.center
     assert center.dtype == torch.bfloat16
     assert center.tolist() == [[1.0, 3.0]]
-    assert tile.residuals == ()
+    assert tile.residuals == ((), ())
     assert tile.squared_error == step**2 + 1 + 1
-    half = code_tile(tiles, [1, 1], representative=None, center=torch.float16, residual=None)
+    half = coded_tile(tiles, [1, 1], representative=None, center=torch.float16, residual=None)
     assert half.center[0].tolist() == [[1.0 + step / 2, 3.0]]
     assert half.squared_error == 2 * (step / 2) ** 2 + 1 + 1
 
@@ -155,7 +169,7 @@ def test_one_bit_residuals_by_hand() -> None:
     """The mean of ±1 around 8 is 8; a 1-bit code stands for ± half its scale, here 2."""
     tiles = [torch.full((1, 32), 7.0), torch.full((1, 32), 9.0)]
     coding = Coding(1, 32)
-    tile = code_tile(tiles, [1, 1], representative=None, center=torch.bfloat16, residual=coding)
+    tile = coded_tile(tiles, [1, 1], representative=None, center=torch.bfloat16, residual=coding)
     assert torch.equal(tile.center[0], torch.full((1, 32), 8.0, dtype=torch.bfloat16))
     for parts, bits in zip(tile.residuals, (0, 255), strict=True):
         plane, scales = parts
@@ -168,7 +182,7 @@ def test_one_bit_residuals_by_hand() -> None:
 
 def test_weights_move_the_center_and_count_in_the_error() -> None:
     tiles = [torch.tensor([[0.0]]), torch.tensor([[4.0]])]
-    tile = code_tile(tiles, [3, 1], representative=None, center=torch.bfloat16, residual=None)
+    tile = coded_tile(tiles, [3, 1], representative=None, center=torch.bfloat16, residual=None)
     assert tile.center[0].tolist() == [[1.0]]
     assert tile.squared_error == 3 * 1 + 9
 
@@ -176,7 +190,7 @@ def test_weights_move_the_center_and_count_in_the_error() -> None:
 def test_a_representative_is_stored_as_it_is() -> None:
     tiles = siblings(3, 4, 64)
     for chosen in range(3):
-        tile = code_tile(
+        tile = coded_tile(
             tiles, [1, 5, 1], representative=chosen, center=torch.bfloat16, residual=Coding(2, 64)
         )
         assert torch.equal(tile.center[0].float(), tiles[chosen])
@@ -188,7 +202,7 @@ def test_a_representative_is_stored_as_it_is() -> None:
 def test_a_representative_in_bits_is_coded_like_any_rows() -> None:
     tiles = siblings(2, 4, 100)
     coding = Coding(5, 32)
-    tile = code_tile(tiles, [1, 1], representative=1, center=coding, residual=None)
+    tile = coded_tile(tiles, [1, 1], representative=1, center=coding, residual=None)
     expected = encode(tiles[1], coding)
     assert all(map(same, tile.center, (*expected.planes, expected.scales)))
 
@@ -204,7 +218,7 @@ def test_the_definition(
 ) -> None:
     columns, weights = 100, [2, 1, 3]
     tiles = siblings(3, 6, columns)
-    tile = code_tile(
+    tile = coded_tile(
         tiles, weights, representative=representative, center=center, residual=residual
     )
     value = stored_center(tile, center, columns)
@@ -244,7 +258,7 @@ def test_the_residual_corrects_the_rounding_of_the_center() -> None:
     tiles = siblings(1, 8, 128) * 2
     for center in (Coding(4, 64), torch.float16):
         without, with_residual = (
-            code_tile(tiles, [1, 1], representative=None, center=center, residual=r)
+            coded_tile(tiles, [1, 1], representative=None, center=center, residual=r)
             for r in (None, Coding(3, 32))
         )
         if isinstance(center, Coding):
@@ -256,7 +270,7 @@ def test_the_residual_corrects_the_rounding_of_the_center() -> None:
 def test_more_residual_bits_are_better() -> None:
     tiles = siblings(3, 32, 128)
     errors = [
-        code_tile(
+        coded_tile(
             tiles, [1, 1, 1], representative=None, center=Coding(8, 64), residual=residual
         ).squared_error
         for residual in (None, Coding(1, 64), Coding(2, 64), Coding(3, 64))
@@ -273,11 +287,11 @@ def test_identical_members_need_no_spread(
 ) -> None:
     """Weights say how often a tile occurs: the same as one member, and its error so often."""
     (tile,) = siblings(1, 5, 70)
-    one = code_tile([tile], [1], representative=None, center=center, residual=residual)
-    five = code_tile([tile], [5], representative=None, center=center, residual=residual)
+    one = coded_tile([tile], [1], representative=None, center=center, residual=residual)
+    five = coded_tile([tile], [5], representative=None, center=center, residual=residual)
     assert all(map(same, one.center, five.center))
     assert five.squared_error == pytest.approx(5 * one.squared_error, rel=1e-12)
-    assert len(five.residuals) == (1 if residual else 0)
+    assert [bool(parts) for parts in five.residuals] == [residual is not None]
 
 
 # Rows
@@ -313,7 +327,7 @@ def test_rows_in_pieces_are_the_rows_at_once(
     representative = len(weights) - 1 if chosen else None
 
     def code(part: list[Tensor]) -> CodedTile:
-        return code_tile(
+        return coded_tile(
             part, weights, representative=representative, center=center, residual=residual
         )
 
@@ -333,7 +347,7 @@ def test_zeros_stay_zeros() -> None:
     tiles = [torch.zeros(3, 40)] * 2
     for center in CENTERS:
         for residual in RESIDUALS:
-            tile = code_tile(tiles, [1, 1], representative=None, center=center, residual=residual)
+            tile = coded_tile(tiles, [1, 1], representative=None, center=center, residual=residual)
             assert tile.squared_error == 0
             for value in served(tile, center, residual, 40, 2):
                 assert not value.any()
@@ -343,7 +357,7 @@ def test_the_members_are_left_alone() -> None:
     tiles = siblings(2, 3, 40)
     before = [tile.clone() for tile in tiles]
     for representative in (None, 0):
-        code_tile(
+        coded_tile(
             tiles,
             [1, 2],
             representative=representative,

@@ -28,18 +28,20 @@ from scipy.spatial.distance import pdist, squareform
 from moecc.architecture import Architecture, ExpertLayer, Projection
 from moecc.coding import Coding, distortion, encode
 from moecc.errors import PlanError
-from moecc.merge import code_tile
+from moecc.forms import fixed_form
+from moecc.grouping import make_plan, restore_plan
+from moecc.merge import code_tile, mean
 from moecc.plan import (
-    Costs,
+    Group,
     Inputs,
     Plan,
     layout_fingerprint,
-    make_plan,
-    restore_plan,
+    same_form,
     significant,
     smallest_budget,
     smallest_bytes,
 )
+from moecc.plan import group_bytes as bytes_of
 from moecc.recipe import Budget, Match, Merge, parse_recipe
 from moecc.similarity import Array, Labels
 
@@ -335,11 +337,13 @@ def test_every_variant_is_placed_once_and_only_identical_ones_are_exact(
 def test_bytes_by_hand() -> None:
     """One weight of 8 x 64: 1024 exact, 4-bit 256 + 16, 2-bit 128 + 16; a bias of 8: 16."""
     shape = architecture((1, (weight(), Projection("w_bias", (8,), "BF16"))))
-    costs = Costs(Merge("mean", 4, 2, 64))
     (layer,) = shape.layers
-    assert costs.group(layer, 1, False) == 1024 + 16
-    assert costs.group(layer, 3, True) == (256 + 16) + 3 * (128 + 16) + 3 * 16
-    assert Costs(Merge("mean", 16, 0, 64)).group(layer, 3, True) == 1024 + 3 * 16
+    labels, alone, everyone = np.arange(3), Group((0,), False), Group((0, 1, 2), True)
+    coded, plain = (fixed_form(m) for m in (Merge("mean", 4, 2, 64), Merge("mean", 16, 0, 64)))
+    assert bytes_of(layer, labels, same_form(layer, alone, coded)) == 1024 + 16
+    size = bytes_of(layer, labels, same_form(layer, everyone, coded))
+    assert size == (256 + 16) + 3 * (128 + 16) + 3 * 16
+    assert bytes_of(layer, labels, same_form(layer, everyone, plain)) == 1024 + 3 * 16
     inputs = make_inputs(shape, 3, merge=Merge("mean", 4, 2, 64))
     plan = make_plan(inputs, nbytes(1000), Match())
     assert state_of(plan) == {(0, 0): [((0, 1, 2), True)]}
@@ -1022,11 +1026,11 @@ def test_the_error_to_expect_is_measured(
         code_tile(
             experts,
             [1] * count,
-            representative=chosen,
+            wanted=wanted,
             center=torch.bfloat16 if center == 16 else Coding(center, 64),
-            residual=Coding(residual, 64) if residual else None,
+            residuals=[Coding(residual, 64) if residual else None] * count,
         ).squared_error
-        for chosen in ([None] if method == "mean" else range(count))
+        for wanted in ([mean(experts, [1] * count)] if method == "mean" else experts)
     ]
     measured = math.sqrt(np.mean(errors) / norms.sum())
     assert plan.layers[0].expected_error == pytest.approx(measured, rel=0.15)

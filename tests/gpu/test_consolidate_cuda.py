@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moecc.artifact import Artifact
-from moecc.consolidate import open_recipe, plan_recipe, run
+from moecc.consolidate import open_recipe, run, study
 from moecc.recipe import Recipe, parse_recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -40,7 +40,7 @@ def test_similarity(metric: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for device in ("cpu", "cuda"):
         monkeypatch.setenv("MOECC_CACHE", str(tmp_path / device))
         opened = open_recipe(_recipe("{}", "4.0x", metric))
-        found[device] = plan_recipe(opened, device=device).similarity
+        found[device] = study(opened, device=device).similarity
     for a, b in zip(found["cpu"].distances(metric), found["cuda"].distances(metric), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
     for a, b in zip(found["cpu"].distinct, found["cuda"].distinct, strict=True):
