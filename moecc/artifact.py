@@ -34,6 +34,7 @@ from moecc.checkpoint import TORCH_DTYPES
 from moecc.coding import Coded, decode
 from moecc.errors import ArtifactError, DamagedArtifactError
 from moecc.files import sha256_file
+from moecc.lowrank import LowRank, expand
 from moecc.manifest import (
     MANIFEST,
     NON_EXPERT,
@@ -263,12 +264,17 @@ class Artifact:
         parts = []
         for name, dtype, shape in pool.tensors(stored.layer.name, projection):
             info = self._info(self._bank_file(name), name, dtype, shape)
-            row_bytes = info.nbytes // (pool.slots * rows)
-            start = (slot * rows + span.start) * row_bytes
-            raw = self._read(info, start, len(span) * row_bytes)
-            parts.append(torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]).view(len(span), -1))
+            # A right factor has no rows of its own: it is read whole.
+            whole = range(shape[1]) if name.endswith(".right") else span
+            height = shape[1] if name.endswith(".right") else rows
+            row_bytes = info.nbytes // (pool.slots * height)
+            start = (slot * height + whole.start) * row_bytes
+            raw = self._read(info, start, len(whole) * row_bytes)
+            parts.append(torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]).view(len(whole), -1))
         if pool.packed is None:
             return parts[0]
+        if isinstance(pool.packed, LowRank):
+            return expand(*parts)
         return decode(Coded(tuple(parts[:-1]), parts[-1]), pool.packed, cols)
 
     def _bank_file(self, tensor: str) -> str:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from moecc.architecture import ExpertLayer, Projection
 from moecc.coding import Coding
 from moecc.forms import EXACT, PLAIN, Form
+from moecc.lowrank import LowRank
 from moecc.plan import Group, LayerPlan
 from moecc.similarity import Labels
 
@@ -33,7 +34,10 @@ class Pool:
     slots: int
 
     @property
-    def packed(self) -> Coding | None:
+    def packed(self) -> Coding | LowRank | None:
+        """None where weights are plain; ValueError for an unknown name."""
+        if self.coding.startswith("rank"):
+            return LowRank.parse(self.coding)
         return Coding.parse(self.coding) if "bit" in self.coding else None
 
     def tensors(self, layer: str, projection: Projection) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -43,6 +47,9 @@ class Pool:
         if coding is None:
             return [(f"{prefix}.weight", self.coding, (self.slots, *projection.shape))]
         rows, cols = projection.matrix
+        if isinstance(coding, LowRank):
+            left, right = (self.slots, rows, coding.rank), (self.slots, coding.rank, cols)
+            return [(f"{prefix}.left", "BF16", left), (f"{prefix}.right", "BF16", right)]
         planes = [
             (f"{prefix}.plane{i}", "U8", (self.slots, rows, coding.row_bytes(width, cols)))
             for i, width in enumerate(coding.planes)
@@ -80,6 +87,12 @@ class ProjectionBank:
     projection: Projection
     pools: tuple[Pool, ...]
     jobs: tuple[Job, ...]
+
+    def residuals(self, job: Job) -> list[Coding | LowRank | None]:
+        """How the residual of each of a job's members is coded."""
+        if not job.residuals:
+            return [None] * len(job.members)
+        return [None if at == ABSENT else self.pools[at[0]].packed for at in job.residuals]
 
 
 @dataclass(frozen=True, slots=True)

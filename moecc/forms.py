@@ -8,11 +8,13 @@ from functools import lru_cache
 
 from moecc.architecture import Projection
 from moecc.coding import Coding
+from moecc.lowrank import LowRank
 from moecc.recipe import AUTO, Merge
 
 PLAIN, KEPT = "16bit", "exact"
-# What `auto` chooses from.
-CENTER_BITS, RESIDUAL_BITS, GROUPS = (2, 3, 4, 5, 6, 8, 16), (0, 1, 2, 3), (64, 0)
+# What `auto` chooses from; adapters need a center that is nearly exact.
+CENTER_BITS, RESIDUALS, GROUPS = (2, 3, 4, 5, 6, 8, 16), (0, 1, 2, 3), (64, 0)
+RANKS, LEAST_CENTER = ("rank4", "rank16", "rank64"), 4
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -33,9 +35,7 @@ class Form:
         form = cls(center, residual)
         if center not in (PLAIN, KEPT):
             Coding.parse(center)
-        if plus:
-            Coding.parse(residual)
-        if plus and center == KEPT:
+        if plus and (center == KEPT or not residual or form.residual_coding is None):
             raise ValueError(f"not the name of a form: {name!r}")
         return form
 
@@ -50,7 +50,9 @@ class Form:
         return None if self.center in (PLAIN, KEPT) else _coding(self.center)
 
     @property
-    def residual_coding(self) -> Coding | None:
+    def residual_coding(self) -> Coding | LowRank | None:
+        if self.residual.startswith("rank"):
+            return LowRank.parse(self.residual)
         return _coding(self.residual) if self.residual else None
 
     @property
@@ -60,9 +62,9 @@ class Form:
 
     @property
     def residual_bits(self) -> int:
-        """0 without a residual."""
+        """Of a code; 0 where there is none."""
         coding = self.residual_coding
-        return coding.bits if coding else 0
+        return coding.bits if isinstance(coding, Coding) else 0
 
     def center_bytes(self, projection: Projection) -> int:
         """Bytes of a slot of the center."""
@@ -88,31 +90,28 @@ EXACT = Form(KEPT)
 def fixed_form(merge: Merge) -> Form:
     """The one form of a recipe's `merge` in which nothing is `auto`."""
     assert not merge.planned, "the planner chooses"
-    center, residual, group = int(merge.center), int(merge.residual), int(merge.group)
-    return Form(
-        PLAIN if center == 16 else Coding(center, group).name,
-        Coding(residual, group).name if residual else "",
-    )
+    center, group = int(merge.center), int(merge.group)
+    residual = merge.residual
+    if isinstance(residual, int):
+        residual = Coding(residual, group).name if residual else ""
+    return Form(PLAIN if center == 16 else Coding(center, group).name, residual)
 
 
 def candidate_forms(merge: Merge) -> tuple[Form, ...]:
     """All forms a recipe's `merge` leaves to choose from, sorted."""
     groups = GROUPS if merge.group == AUTO else (merge.group,)
     centers = CENTER_BITS if merge.center == AUTO else (merge.center,)
-    residuals = RESIDUAL_BITS if merge.residual == AUTO else (merge.residual,)
+    residuals = (*RESIDUALS, *RANKS) if merge.residual == AUTO else (merge.residual,)
     found = {EXACT}
-    for center, group, bits in itertools.product(centers, groups, residuals):
-        if int(bits) < int(center):
-            found.add(fixed_form(Merge(center=center, residual=bits, group=group)))
+    for center, group, residual in itertools.product(centers, groups, residuals):
+        least = LEAST_CENTER if isinstance(residual, str) else residual + 1
+        if int(center) >= least:
+            found.add(fixed_form(Merge(center=center, residual=residual, group=group)))
     return tuple(sorted(found))
 
 
 def smallest_form(merge: Merge) -> Form:
-    """The form of a recipe's `merge` that takes the fewest bytes."""
-    return fixed_form(
-        Merge(
-            center=min(CENTER_BITS) if merge.center == AUTO else merge.center,
-            residual=min(RESIDUAL_BITS) if merge.residual == AUTO else merge.residual,
-            group=0 if merge.group == AUTO else merge.group,
-        )
-    )
+    """The form of a recipe's `merge` that takes the fewest bytes, if it is not exact."""
+    row = Projection("", (1, 4096), "BF16")
+    coded = [form for form in candidate_forms(merge) if form != EXACT]
+    return min(coded, key=lambda form: form.center_bytes(row) + form.residual_bytes(row))

@@ -9,7 +9,8 @@ nothing was calibrated. Moments come as diagonal blocks along in-features; block
 common but the scales of groups that span them.
 
 1. Scales start at the least squared error; those of residuals keep the norm of what they code
-   (least squares would shrink it, and with it the skill that was tuned in).
+   (least squares would shrink it, and with it the skill that was tuned in). Without moments they
+   go on to do so, whatever is coded anew.
 2. First codes, one column after the other: the center's code and all residuals' codes of a weight
    are the best combination for all members; each member's error is then made up for in its later
    columns (E. Frantar et al., "GPTQ", ICLR 2023, here with a code that several matrices share).
@@ -19,16 +20,16 @@ common but the scales of groups that span them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from moecc.blocks import Blocks
 from moecc.coding import Coded, Coding, distortion, pack, quantize
 
-DAMPING = 0.02  # of the mean of the moments' diagonal, added to it
 PASSES = 2
 COLUMNS = 32  # worked on one by one; those beyond them are updated at once
 SEARCH = 2  # levels to both sides of the nearest that are tried for a center
@@ -74,29 +75,6 @@ def center_target(
 def _pull(importance: Tensor, residuals: Sequence[Coding | None]) -> Tensor:
     left = [1.0 if r is None else distortion(r.bits) for r in residuals]
     return importance * torch.tensor(left, device=importance.device)
-
-
-def damped(moments: Tensor) -> Tensor:
-    """Moments [V, blocks, B, B] at a mean diagonal of one, with some of the identity added."""
-    level = moments.diagonal(dim1=-2, dim2=-1).mean((-2, -1))[:, None, None, None]
-    scaled = torch.where(level > 0, moments / level.clamp(min=1e-38), 0.0)
-    return scaled + DAMPING * torch.eye(moments.shape[-1], device=moments.device)
-
-
-class Blocks:
-    """Rows [..., R, K] cut along the columns into [..., blocks, R, B], the last padded."""
-
-    def __init__(self, columns: int, moments: Tensor | None) -> None:
-        self.columns = columns
-        self.count, self.size = (1, columns) if moments is None else moments.shape[1:3]
-
-    def cut(self, rows: Tensor) -> Tensor:
-        rows = pad(rows, (0, self.count * self.size - self.columns))
-        cut = rows.view(*rows.shape[:-1], self.count, self.size)
-        return cut.movedim(-2, -3).contiguous()
-
-    def join(self, cut: Tensor) -> Tensor:
-        return cut.movedim(-3, -2).flatten(-2)[..., : self.columns]
 
 
 class _Codes:
@@ -184,6 +162,9 @@ class _State:
         center: Coding | torch.dtype,
         residuals: Sequence[Coding | None],
     ) -> None:
+        if moments is not None:
+            groups = [c.group for c in (center, *residuals) if isinstance(c, Coding) and c.group]
+            moments = _joined(moments, groups)
         blocks = Blocks(targets.shape[-1], moments)
         self.importance = importance
         self.pull = _pull(importance, residuals)
@@ -265,27 +246,37 @@ class _State:
         return center.levels[at] * center.steps[at] + residuals.levels[at] * residuals.steps[at]
 
     def fit_scales(self) -> None:
-        """Every scale in turn at its least squares given all else, the center's last."""
+        """Every scale in turn at its best given all else, the center's last."""
         gradient = self._times_moments(self.targets - self._values(...), slice(None), ...)
         for v in range(len(self.targets)):
             self._fit(self.residuals, v, gradient, [v])
         self._fit(self.center, 0, gradient, list(range(len(self.targets))))
 
     def _fit(self, codes: _Codes, index: int, gradient: Tensor, members: list[int]) -> None:
-        """Fits one matrix's scales, which serve `members`, and brings their gradient along."""
+        """Fits one matrix's scales, which serve `members`, and brings their gradient along.
+
+        To the least squares; without moments, those of a residual to the norm of what it codes.
+        """
         coding = codes.codings[index]
         if not isinstance(coding, Coding):
             return
+        whole = not coding.group  # one scale for all blocks
         weight = self.importance[members].view(-1, 1, 1)
+
+        def total(terms: Tensor) -> Tensor:
+            summed: Tensor = (weight * terms.sum(-1)).sum(0)
+            return summed.sum(0, keepdim=True) if whole else summed
+
         for span in codes.spans(index):
+            old, left = codes.steps[index][..., span], gradient[members][..., span]
             levels = codes.levels[index][..., span]
             applied = self._times_moments(levels, span, members)
-            slope = (weight * (gradient[members][..., span] * levels).sum(-1)).sum(0)
-            curve = (weight * (applied[..., span] * levels).sum(-1)).sum(0)
-            if not coding.group:  # one scale for all blocks
-                slope, curve = slope.sum(0, keepdim=True), curve.sum(0, keepdim=True)
-            old = codes.steps[index][..., span]
-            new = old + torch.where(curve > 0, slope / curve, 0.0)[..., None]
+            curve = total(applied[..., span] * levels)
+            if self.moments is None and codes is self.residuals:
+                best = (total((left + levels * old).square()) / curve).sqrt()
+            else:
+                best = old[..., 0] + total(left * levels) / curve
+            new = torch.where(curve > 0, best, old[..., 0])[..., None]
             new = new.clamp(old * _LEAST, old * _MOST).bfloat16().float()
             codes.steps[index][..., span] = new
             gradient[members] -= (new - old)[..., :1] * applied
@@ -297,6 +288,20 @@ class _State:
             whole[..., span] = rows
             return whole
         return rows @ self.moments[members][..., span, :]
+
+
+def _joined(moments: Tensor, groups: Sequence[int]) -> Tensor:
+    """Moments [V, blocks, B, B] in blocks so wide that no group of columns spans two of them."""
+    count, size = moments.shape[1:3]
+    width = min(math.lcm(size, *groups), count * size)
+    if width == size:
+        return moments
+    wide = torch.eye(width, device=moments.device)
+    wide = wide.repeat(len(moments), -(-count * size // width), 1, 1)
+    for i in range(count):
+        block, at = divmod(i * size, width)
+        wide[:, block, at : at + size, at : at + size] = moments[:, i]
+    return wide
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moecc.blocks import Blocks
 from moecc.coding import Coded, Coding, decode, encode
-from moecc.joint import Blocks, code_jointly
+from moecc.joint import code_jointly
+from moecc.lowrank import LowRank, expand, factorize
+
+Residual = Coding | LowRank | None
+_Part = Coded | tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,11 @@ class CodedTile:
     center: tuple[Tensor, ...]
     residuals: tuple[tuple[Tensor, ...], ...]
     squared_error: float
+
+
+def any_low_rank(residuals: Sequence[Residual]) -> bool:
+    """True if whole matrices are needed to code the residuals."""
+    return any(isinstance(residual, LowRank) for residual in residuals)
 
 
 def mean(tiles: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -77,18 +87,23 @@ def code_tile(
     *,
     wanted: Tensor,
     center: Coding | torch.dtype,
-    residuals: Sequence[Coding | None],
+    residuals: Sequence[Residual],
+    moments: Tensor | None = None,
 ) -> CodedTile:
     """Codes the rows `[rows, in]` of a group's members around the center `wanted`.
 
-    `tiles` are the distinct members' rows in float32 and `weights` how often each occurs.
+    `tiles` are the distinct members' rows in float32 and `weights` how often each occurs;
+    residuals of low rank need those of whole matrices, and are the best for `moments`.
     """
     coded = wanted.to(center) if isinstance(center, torch.dtype) else encode(wanted, center)
     value = _value(coded, center, wanted.shape[1])
-    parts = [
-        None if residual is None else encode(tile - value, residual)
-        for tile, residual in zip(tiles, residuals, strict=True)
-    ]
+    parts: list[_Part] = []
+    for v, (tile, residual) in enumerate(zip(tiles, residuals, strict=True)):
+        if isinstance(residual, LowRank):
+            own = None if moments is None else moments[v]
+            parts.append(factorize(tile - value, residual.rank, own))
+        else:
+            parts.append(None if residual is None else encode(tile - value, residual))
     return _coded_tile(tiles, weights, coded, value, parts, residuals)
 
 
@@ -99,13 +114,29 @@ def code_tile_jointly(
     importance: Tensor,
     moments: Tensor | None,
     center: Coding | torch.dtype,
-    residuals: Sequence[Coding | None],
+    residuals: Sequence[Residual],
 ) -> CodedTile:
-    """As `code_tile`, with center and residuals chosen together (joint.py)."""
-    coded, parts = code_jointly(
-        torch.stack(list(tiles)), importance, moments, center=center, residuals=residuals
+    """As `code_tile`, with center and residuals chosen together (joint.py).
+
+    Members with a residual of low rank have no say in the center, unless all have one.
+    """
+    factored = [v for v, r in enumerate(residuals) if isinstance(r, LowRank)]
+    joint = [v for v in range(len(tiles)) if v not in factored] or factored
+    coded, found = code_jointly(
+        torch.stack([tiles[v] for v in joint]),
+        importance[joint],
+        None if moments is None else moments[joint],
+        center=center,
+        residuals=[r if isinstance(r := residuals[v], Coding) else None for v in joint],
     )
     value = _value(coded, center, tiles[0].shape[1])
+    parts: list[_Part] = [None] * len(tiles)
+    for v, part in zip(joint, found, strict=True):
+        parts[v] = part
+    for v in factored:
+        residual, own = residuals[v], None if moments is None else moments[v]
+        assert isinstance(residual, LowRank)
+        parts[v] = factorize(tiles[v] - value, residual.rank, own)
     return _coded_tile(tiles, weights, coded, value, parts, residuals)
 
 
@@ -122,21 +153,34 @@ def _coded_tile(
     weights: Sequence[int],
     center: Coded | Tensor,
     value: Tensor,
-    parts: Sequence[Coded | None],
-    residuals: Sequence[Coding | None],
+    parts: Sequence[_Part],
+    residuals: Sequence[Residual],
 ) -> CodedTile:
-    plain = isinstance(center, Tensor)
-    shared = value if plain else value.bfloat16().float()
+    shared = value if isinstance(center, Tensor) else value.bfloat16().float()
     stored, error = [], 0.0
     for tile, weight, part, residual in zip(tiles, weights, parts, residuals, strict=True):
         served = shared
-        if part is not None and residual is not None:
-            served = add_residual(value, decode(part, residual, tile.shape[1])).float()
-        stored.append(() if part is None else (*part.planes, part.scales))
+        if part is not None:
+            served = add_residual(value, _delta(part, residual, tile.shape[1])).float()
+        stored.append(_tensors(part))
         off = (served - tile).reshape(-1)
         error += weight * float(off.dot(off))
-    tensors = (center,) if isinstance(center, Tensor) else (*center.planes, center.scales)
+    tensors = (center,) if isinstance(center, Tensor) else _tensors(center)
     return CodedTile(tensors, tuple(stored), error)
+
+
+def _delta(part: Coded | tuple[Tensor, Tensor], residual: Residual, columns: int) -> Tensor:
+    """The float32 values of a stored residual."""
+    if isinstance(part, Coded):
+        assert isinstance(residual, Coding)
+        return decode(part, residual, columns)
+    return expand(*part)
+
+
+def _tensors(part: _Part) -> tuple[Tensor, ...]:
+    if isinstance(part, Coded):
+        return (*part.planes, part.scales)
+    return part or ()
 
 
 def add_residual(center: Tensor, residual: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from moecc.architecture import ExpertLayer, Projection
-from moecc.bank import Job
+from moecc.bank import Job, ProjectionBank
+from moecc.blocks import damped
 from moecc.coding import Coding
-from moecc.joint import damped
 from moecc.measured import Measured, weights
 from moecc.merge import (
     CodedTile,
+    Residual,
+    any_low_rank,
     code_tile,
     code_tile_jointly,
     mean,
@@ -24,7 +26,7 @@ from moecc.merge import (
 )
 from moecc.recipe import Merge, Params
 from moecc.similarity import Array
-from moecc.variants import OpenVariant, row_spans
+from moecc.variants import TILE_ELEMENTS, OpenVariant, row_spans
 
 JOINT_ELEMENTS = (
     1 << 22
@@ -50,12 +52,14 @@ class Merging:
     measured: Measured | None
     importance: Array | None
 
-    def spans(self, projection: Projection, job: Job) -> list[range]:
+    def spans(self, bank: ProjectionBank, job: Job) -> list[range]:
         """The rows that are coded at once."""
-        if not job.coded or self.merge.method not in ("joint", "ties"):
-            return row_spans(projection, self.variants)
-        elements = projection.params if self.merge.method == "ties" else JOINT_ELEMENTS
-        return row_spans(projection, self.variants, elements)
+        method, elements = self.merge.method, TILE_ELEMENTS
+        if job.coded and (method == "ties" or any_low_rank(bank.residuals(job))):
+            elements = bank.projection.params
+        elif job.coded and method == "joint":
+            elements = JOINT_ELEMENTS
+        return row_spans(bank.projection, self.variants, elements)
 
     def exact_rows(self, projection: Projection, job: Job, span: range) -> Tensor:
         """Rows of an expert as its source has them."""
@@ -70,7 +74,7 @@ class Merging:
         span: range,
         *,
         center: Coding | torch.dtype,
-        residuals: Sequence[Coding | None],
+        residuals: Sequence[Residual],
     ) -> CodedTile:
         """Some rows of a group, coded."""
         tiles = [self._rows(projection, job, span, variant) for variant, _ in job.members]
@@ -85,8 +89,15 @@ class Merging:
                 center=center,
                 residuals=residuals,
             )
-        wanted = self._wanted(projection, job, span, tiles)
-        return code_tile(tiles, times, wanted=wanted, center=center, residuals=residuals)
+        moments = self._inputs(projection, job)[1] if any_low_rank(residuals) else None
+        return code_tile(
+            tiles,
+            times,
+            wanted=self._wanted(projection, job, span, tiles),
+            center=center,
+            residuals=residuals,
+            moments=moments,
+        )
 
     def _rows(self, projection: Projection, job: Job, span: range, variant: int) -> Tensor:
         rows = self.variants[variant].rows(self.index, projection.name, job.expert, span)

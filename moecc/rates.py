@@ -27,15 +27,18 @@ from torch import Tensor
 
 from moecc.allocate import LayerChoices
 from moecc.architecture import Architecture, ExpertLayer, Projection
+from moecc.blocks import Blocks, damped
 from moecc.coding import Coding, dequantize, quantize
 from moecc.forms import EXACT, Form
-from moecc.joint import Blocks, center_target, damped
+from moecc.joint import center_target
+from moecc.lowrank import LowRank, leading, whiten
 from moecc.measured import Measured, weights
 from moecc.parallel import ordered, worker_pool
 from moecc.similarity import Array, Labels
 from moecc.variants import OpenVariant
 
-SAMPLE, LEAST_ROWS = 4096, 16  # weights and rows of a matrix that are looked at
+SAMPLE, LEAST_ROWS = 4096, 16  # weights and rows of a matrix that are coded
+RANK_ROWS, LEARNED = 96, 5 / 6  # rows whose rank is looked at, and the part that shows directions
 SPANS = 4  # runs that the rows come in
 # An expert that the text does not reach counts as one that gets so little of it.
 LEAST_PART = 0.02
@@ -193,7 +196,7 @@ def _sample(
 ) -> Tensor:
     """Some rows of every variant's matrix, float32 [V, r, K]: a few runs, evenly spread."""
     rows, columns = projection.matrix
-    count = min(rows, max(LEAST_ROWS, -(-SAMPLE // columns)))
+    count = min(rows, max(RANK_ROWS, -(-SAMPLE // columns)))
     runs = min(SPANS, count)
     size = -(-count // runs)
     starts = sorted({i * (rows - size) // max(1, runs - 1) for i in range(runs)})
@@ -213,10 +216,12 @@ class _Sampled:
     def __init__(
         self, rows: Tensor, moments: Tensor | None, counts: Tensor, projection: Projection
     ) -> None:
-        self.rows, self.counts = rows, counts
-        self.scale = counts * (projection.matrix[0] / rows.shape[1])
+        wanted = max(LEAST_ROWS, -(-SAMPLE // rows.shape[2]))
+        self.every = max(1, rows.shape[1] // wanted)
+        self.all_rows, self.rows, self.counts = rows, rows[:, :: self.every], counts
+        self.scale = counts * (projection.matrix[0] / self.rows.shape[1])
         self.moments = None if moments is None else damped(moments.to(rows.device))
-        self.weights = _compensated(self.moments, rows)
+        self.weights = _compensated(self.moments, self.rows)
 
     def losses(
         self,
@@ -227,11 +232,14 @@ class _Sampled:
     ) -> Array:
         """Expected losses `[C, 2, F, V]`: around the members' mean, and around one of them."""
         found = np.full((len(clusters), 2, len(forms), len(self.rows)), np.inf)
-        targets, pairs = self._targets(clusters, base)
+        centers, pairs = self._targets(clusters, base)
+        targets = centers[:, :: self.every]
         member = torch.tensor([v for _, _, v in pairs])
         target = torch.tensor([t for _, t, _ in pairs])
         at = tuple(np.array(pairs).T)
         apart = self._apart(self.rows[member] - targets[target], member)
+        ranks = {f.residual_coding for f in forms if isinstance(f.residual_coding, LowRank)}
+        beyond = self._beyond(centers, pairs, sorted(rank.rank for rank in ranks))
         for center in sorted({form.center for form in forms} - {EXACT.center}):
             coded = _rounded(targets, Form(center).center_coding)
             lost = (coded - targets).square()[target]
@@ -239,11 +247,13 @@ class _Sampled:
             for f, form in enumerate(forms):
                 if form.center != center:
                     continue
-                if form.residual_coding is None:
-                    loss = apart + (lost * self.weights[member]).sum((1, 2))
-                else:
-                    missed = (_rounded(left, form.residual_coding) - left).square_()
+                residual = form.residual_coding
+                if isinstance(residual, Coding):
+                    missed = (_rounded(left, residual) - left).square_()
                     loss = (missed * self.weights[member]).sum((1, 2))
+                else:
+                    more = beyond[residual.rank] if residual else apart
+                    loss = more + (lost * self.weights[member]).sum((1, 2))
                 numbers = (loss * self.scale[member]).double().cpu().numpy()
                 found[at[0], at[1] - 2 * at[0], f, at[2]] = numbers
         for c, members in enumerate(clusters):
@@ -256,14 +266,38 @@ class _Sampled:
     def _targets(
         self, clusters: Sequence[tuple[int, ...]], base: int
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Centers [2 C, r, K] and (cluster, center, member) wherever a member can have one."""
+        """Centers [2 C, rows, K] and (cluster, center, member) where a member can have one."""
         targets, pairs = [], []
         for c, members in enumerate(clusters):
             own = list(members)
-            middle = center_target(self.rows[own], self.counts[own], [None] * len(own))
-            targets += [middle, self.rows[base if base in members else own[0]]]
+            middle = center_target(self.all_rows[own], self.counts[own], [None] * len(own))
+            targets += [middle, self.all_rows[base if base in members else own[0]]]
             pairs += [(c, 2 * c + t, m) for t in range(2 if len(own) > 1 else 1) for m in own]
         return torch.stack(targets), pairs
+
+    def _beyond(
+        self, centers: Tensor, pairs: Sequence[tuple[int, int, int]], ranks: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Per rank what the best factors miss of d H d^T, [n]; infinite around means.
+
+        The directions come from some rows and are tried on the others: a sample has little rank.
+        """
+        learned = int(LEARNED * self.all_rows.shape[1])
+        scale = self.rows.shape[1] / max(1, self.all_rows.shape[1] - learned)
+        found = {rank: torch.full((len(pairs),), torch.inf) for rank in ranks}
+        possible = [rank for rank in ranks if rank <= learned]
+        for i, (_, center, v) in enumerate(pairs):
+            if center % 2 == 0 or not possible:
+                continue
+            own = None if self.moments is None else self.moments[v]
+            apart = whiten(self.all_rows[v] - centers[center], own)
+            directions = leading(apart[:learned], possible[-1])
+            rest = apart[learned:]
+            for rank in possible:
+                along = directions[:, :rank]
+                missed = rest - (rest @ along) @ along.T
+                found[rank][i] = scale * float(missed.square().sum())
+        return {rank: values.to(self.rows.device) for rank, values in found.items()}
 
     def _apart(self, apart: Tensor, member: Tensor) -> Tensor:
         """Sums over the rows of d H d^T, [n], for differences [n, r, K] of some members."""
@@ -290,4 +324,4 @@ def _rounded(rows: Tensor, coding: Coding | None) -> Tensor:
         return rows.bfloat16().float()
     codes, scales = quantize(rows.flatten(0, 1), coding)
     values: Tensor = dequantize(codes, scales, coding)
-    return values.view_as(rows)
+    return values.reshape(rows.shape)

@@ -90,6 +90,8 @@ class Params:
 class Merge:
     """What a group keeps: center and residual in bits (16: as is, 0: none); group 0 is a row.
 
+    A residual of low rank is `rank16` or the like.
+
     Where one of them is `auto`, the planner chooses for every expert and projection.
     """
 
@@ -353,7 +355,16 @@ _RECIPE = Section(
             {
                 "method": words("joint", "mean", "representative", *CALIBRATED, *FROM_BASE),
                 "center": choice({AUTO: AUTO, **{f"{b}bit": b for b in (16, 8, 6, 5, 4)}}),
-                "residual": choice({"none": 0, "1bit": 1, "2bit": 2, "3bit": 3, AUTO: AUTO}),
+                "residual": choice(
+                    {
+                        AUTO: AUTO,
+                        "none": 0,
+                        "1bit": 1,
+                        "2bit": 2,
+                        "3bit": 3,
+                        **{rank: rank for rank in ("rank4", "rank16", "rank64")},
+                    }
+                ),
                 "group": choice({32: 32, 64: 64, 128: 128, "row": 0, AUTO: AUTO}),
                 "params": Section(
                     Params, "{scale: 0.4}", {"scale": _fraction(4.0), "density": _fraction(1.0)}

@@ -18,6 +18,7 @@ from moecc import nonexpert
 from moecc.bank import ABSENT, Job, LayerBank, Pool, ProjectionBank
 from moecc.checkpoint import TORCH_DTYPES, tensor_bytes
 from moecc.files import to_json
+from moecc.lowrank import LowRank
 from moecc.manifest import (
     NON_EXPERT,
     REMAP,
@@ -79,7 +80,7 @@ def write_layer(
         (projection, job, span)
         for projection in bank.projections
         for job in projection.jobs
-        for span in merging.spans(projection.projection, job)
+        for span in merging.spans(projection, job)
     ]
     error = 0.0
     with _open_shards(folder, shards) as slots:
@@ -145,14 +146,10 @@ class _Tile:
             self._put(job.center, [self.merging.exact_rows(projection, job, self.span)])
             return 0.0
         pool = self._pool(job.center)
-        residuals = [None if at == ABSENT else self._pool(at).packed for at in job.residuals]
-        coded = self.merging.code(
-            projection,
-            job,
-            self.span,
-            center=pool.packed or TORCH_DTYPES[pool.coding],
-            residuals=residuals or [None] * len(job.members),
-        )
+        center = pool.packed or TORCH_DTYPES[pool.coding]
+        assert not isinstance(center, LowRank), "only residuals are"
+        residuals = self.projection.residuals(job)
+        coded = self.merging.code(projection, job, self.span, center=center, residuals=residuals)
         self._put(job.center, coded.center)
         for at, parts in zip(job.residuals, coded.residuals, strict=False):
             if at != ABSENT:
@@ -163,11 +160,12 @@ class _Tile:
         return self.projection.pools[at[0]]
 
     def _put(self, at: tuple[int, int], parts: Sequence[torch.Tensor]) -> None:
-        pool, rows = self._pool(at), self.projection.projection.matrix[0]
-        tensors = pool.tensors(self.bank.layer.name, self.projection.projection)
-        row = at[1] * rows + self.span.start
-        for (name, _, _), part in zip(tensors, parts, strict=True):
-            self.slots.write(name, row, pool.slots * rows, part.cpu())
+        pool, projection = self._pool(at), self.projection.projection
+        tensors = pool.tensors(self.bank.layer.name, projection)
+        for (name, _, shape), part in zip(tensors, parts, strict=True):
+            # Right factors have rows of their own, and come with the first tile, which is all.
+            rows = projection.matrix[0] if projection.is_bias else shape[1]
+            self.slots.write(name, at[1] * rows + self.span.start, pool.slots * rows, part.cpu())
 
 
 def write_remap_file(folder: Path, banks: Sequence[LayerBank]) -> str:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "moecc"
 _ORDER = """
     errors strictyaml recipe tensorfile files hub sources checkpoint skeleton architecture
     compatibility variants parallel measured routed streaming collected outputs calibration
-    coding alignment similarity forms allocate joint rates plan grouping planning bank merge
+    coding blocks lowrank alignment similarity forms allocate joint rates plan grouping planning bank merge
     merging nonexpert manifest artifact card staging writer evaluation
     opened build consolidate export inspection report console
 

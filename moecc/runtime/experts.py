@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moecc.bank import CENTER_POOL, CENTER_SLOT, NONE, RESIDUAL_POOL, RESIDUAL_SLOT
 from moecc.coding import Coded, Coding, decode
+from moecc.lowrank import LowRank, expand
 from moecc.merge import add_residual
 from moecc.runtime import step
 from moecc.runtime.linear import linear
@@ -35,17 +36,20 @@ class SlotPool:
     """The slots of a pool on the device: planes and scales, or one tensor of plain weights.
 
     Plain: `[slots, out, in]` (a bias `[slots, out]`). Packed: planes `[slots, out, bytes]` and
-    scales `[slots, out, groups]`, as docs/format.md has them.
+    scales `[slots, out, groups]`, as docs/format.md has them. Low rank: left `[slots, out, rank]`
+    and right `[slots, rank, in]`.
     """
 
     tensors: tuple[Tensor, ...]
-    coding: Coding | None
+    coding: Coding | LowRank | None
 
     def values(self, slots: Sequence[int], matrix: tuple[int, int]) -> list[Tensor]:
         """The matrices of some slots: float32 where packed, else as they are stored."""
         if self.coding is None:
             return [self.tensors[0][slot] for slot in slots]
         index = torch.tensor(slots, device=self.tensors[0].device)
+        if isinstance(self.coding, LowRank):
+            return list(expand(*(t[index] for t in self.tensors)).unbind())
         *planes, scales = (t[index].flatten(0, 1) for t in self.tensors)
         rows = decode(Coded(tuple(planes), scales), self.coding, matrix[1])
         return list(rows.view(len(slots), *matrix).unbind())
