@@ -227,7 +227,7 @@ def consolidated(
         folder = Path(temporary)
         recipe = recipe_of(family, form, budget, folder)
         start = time.monotonic()
-        run(recipe, folder / "artifact", device=family.device)
+        run(recipe, folder / "artifact")
         seconds = time.monotonic() - start
         with Artifact(folder / "artifact") as artifact:
             ratio = float(artifact.manifest["experts"]["ratio"])

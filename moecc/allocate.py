@@ -71,12 +71,19 @@ class Chosen:
 def allocate(layers: Sequence[LayerChoices], nbytes: int) -> list[list[Chosen]]:
     """Per layer and expert what is chosen within `nbytes`; if nothing fits, the smallest choice."""
     solvers = [_Layer(choices) for choices in layers]
-    price = _price(solvers, nbytes)
+    price, found = _price(solvers, nbytes), []
     for _ in range(ROUNDS):
         for solver in solvers:
             solver.choose_sets(price)
         price = _price(solvers, nbytes)
-    return _spend_rest(solvers, price, nbytes)
+        found.append(_spend_rest(solvers, price, nbytes))
+    return min(found, key=lambda chosen: _rank(chosen, nbytes))
+
+
+def _rank(chosen: Sequence[Sequence[Chosen]], nbytes: int) -> tuple[int, float]:
+    """Less is better: bytes that are too many, then the loss."""
+    total = sum(one.nbytes for experts in chosen for one in experts)
+    return max(0, total - nbytes), sum(one.loss for experts in chosen for one in experts)
 
 
 def _price(solvers: Sequence[_Layer], nbytes: int) -> float:

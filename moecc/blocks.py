@@ -9,6 +9,14 @@ from torch.nn.functional import pad
 DAMPING = 0.02  # of the mean of the moments' diagonal, added to it
 
 
+def load_solvers(device: str) -> None:
+    """Has torch load its linear algebra for a GPU, which several threads cannot do at once."""
+    if torch.device(device).type == "cuda":
+        one = torch.ones(1, 1, device=device)
+        torch.cholesky_inverse(torch.linalg.cholesky(one))
+        torch.linalg.solve(torch.linalg.qr(one).R, torch.linalg.svd(one).Vh)
+
+
 def damped(moments: Tensor) -> Tensor:
     """Moments [V, blocks, B, B] at a mean diagonal of one, with some of the identity added."""
     level = moments.diagonal(dim1=-2, dim2=-1).mean((-2, -1))[:, None, None, None]

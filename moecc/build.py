@@ -16,6 +16,7 @@ import numpy as np
 from moecc import __version__
 from moecc.alignment import to_own_index
 from moecc.bank import LayerBank, coded_groups, lay_out
+from moecc.blocks import load_solvers
 from moecc.card import model_card
 from moecc.errors import ArtifactError, PlanError
 from moecc.files import current_umask, to_json
@@ -33,7 +34,7 @@ from moecc.manifest import (
 )
 from moecc.merging import Merging
 from moecc.opened import Planned, Progress, Studied
-from moecc.parallel import worker_pool
+from moecc.parallel import MAX_WORKERS, column_workers, worker_pool
 from moecc.plan import significant
 from moecc.rates import importance
 from moecc.recipe import format_size
@@ -116,13 +117,20 @@ class Build:
     def _write_layers(self, staging: Staging) -> list[Entry]:
         """The journal's entry of every layer, with the squared error of its coded experts."""
         entries: list[Future[Entry]] = []
+        load_solvers(self.device)
         # While a layer's files are synced and hashed, the next one is coded.
-        with worker_pool() as pool, ThreadPoolExecutor(1) as finisher:
+        with worker_pool(self._workers()) as pool, ThreadPoolExecutor(1) as finisher:
             for index, bank in enumerate(self.banks):
                 entries.append(self._write_layer(staging, index, bank, pool, finisher))
                 if index > 0:
                     entries[index - 1].result()
             return [entry.result() for entry in entries]
+
+    def _workers(self) -> int:
+        if self.recipe.merge.method != "joint":
+            return MAX_WORKERS
+        layers = self.opened.architecture.layers
+        return column_workers(max(p.params for a in layers for p in a.projections), self.device)
 
     def _write_layer(
         self,

@@ -103,6 +103,18 @@ def consolidate(
         Path | None,
         typer.Option("--plan-out", help="Save the plan as JSON.", rich_help_panel="Planning"),
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep",
+            help="Plan for several budgets, 0.5x,0.8x,..., and write nothing.",
+            rich_help_panel="Planning",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw the sweep as a PNG.", rich_help_panel="Planning"),
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:N.")
     ] = "cpu",
@@ -119,6 +131,9 @@ def consolidate(
     loaded = load_recipe(recipe)
     saved = _read_plan(plan) if plan else None
     _check_device(device)
+    if sweep is not None:
+        _sweep(console, loaded, sweep, plot, device)
+        return
     from moecc.consolidate import open_recipe, plan_studied, run, study
     from moecc.parallel import keep_freed_memory
     from moecc.report import header_json, header_tables, plan_json, plan_tables
@@ -165,7 +180,7 @@ def inspect(
         int | None, typer.Option("--layer", help="Show the similarity of a layer's experts.")
     ] = None,
     metric: Annotated[
-        str | None, typer.Option("--metric", help="l2, cosine, delta-cosine or cka.")
+        str | None, typer.Option("--metric", help="l2, cosine, delta-cosine, cka or output.")
     ] = None,
     all_pairs: Annotated[
         bool, typer.Option("--all-pairs", help="With --layer: every expert against every other.")
@@ -606,6 +621,27 @@ def _verify(console: Console, artifact: Any) -> None:
             + "\n  ".join(problems),
             "copy the artifact again, or consolidate again",
         )
+
+
+def _sweep(console: Console, recipe: Any, budgets: str, plot: Path | None, device: str) -> None:
+    from moecc import sweep as curve
+    from moecc.consolidate import open_recipe, study
+    from moecc.report import sweep_table
+
+    wanted = curve.parse_budgets(budgets)
+    with console.progress() as report:
+        opened = open_recipe(recipe, on_progress=report)
+        try:
+            studied = study(opened, device=device, on_progress=report)
+            points = curve.sweep(studied, wanted)
+            studied.close()
+        finally:
+            opened.close()
+    console.show(sweep_table(points))
+    console.data({"sweep": [point.to_json() for point in points]})
+    if plot is not None:
+        curve.plot(points, plot)
+        console.note(f"drew {plot}")
 
 
 def _show_similarity(

@@ -17,24 +17,33 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MAX_WORKERS = 8
+LONG_CALLS = 1 << 20  # weights of a matrix whose columns are worth a thread
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @contextmanager
-def worker_pool() -> Iterator[ThreadPoolExecutor]:
-    """A pool of single-threaded workers, one a core up to 8; torch's setting is restored after.
+def worker_pool(most: int = MAX_WORKERS) -> Iterator[ThreadPoolExecutor]:
+    """A pool of single-threaded workers, one a core up to `most`; restores torch's setting.
 
     On an error, tasks that have not started are dropped.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    count = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    count = min(most, len(os.sched_getaffinity(0)))
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
+
+
+def column_workers(params: int, device: str) -> int:
+    """How many threads to work on matrices of `params` weights column by column with.
+
+    Short calls, and those that only start work on a GPU, would wait for the interpreter instead.
+    """
+    return MAX_WORKERS if params >= LONG_CALLS and torch.device(device).type == "cpu" else 1
 
 
 def ordered(

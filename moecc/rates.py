@@ -27,13 +27,13 @@ from torch import Tensor
 
 from moecc.allocate import LayerChoices
 from moecc.architecture import Architecture, ExpertLayer, Projection
-from moecc.blocks import Blocks, damped
+from moecc.blocks import Blocks, damped, load_solvers
 from moecc.coding import Coding, dequantize, quantize
 from moecc.forms import EXACT, Form
 from moecc.joint import center_target
 from moecc.lowrank import LowRank, leading, whiten
 from moecc.measured import Measured, weights
-from moecc.parallel import ordered, worker_pool
+from moecc.parallel import column_workers, ordered, worker_pool
 from moecc.similarity import Array, Labels
 from moecc.variants import OpenVariant
 
@@ -95,7 +95,9 @@ def measure_rates(
     layers, count = sources.architecture.layers, len(sources.variants)
     total = sum(layer.exact_bytes * layer.num_experts * count for layer in layers)
     done, found = 0, []
-    with worker_pool() as pool:
+    load_solvers(device)
+    largest = max(p.params for layer in layers for p in layer.projections)
+    with worker_pool(column_workers(largest, device)) as pool:
         for index, layer in enumerate(layers):
             measured = sources.measured
             counted = None if measured is None else importance(measured, index, layer)
@@ -259,6 +261,9 @@ class _Sampled:
         for c, members in enumerate(clusters):
             outside = [v for v in range(len(self.rows)) if v not in members]
             found[c, :, :, outside] = 0.0
+            for label in {int(labels[m]) for m in members}:  # the same expert, so the same form
+                same = [m for m in members if labels[m] == label]
+                found[c][:, :, same] = found[c][:, :, same].mean(-1, keepdims=True)
             if len({int(labels[m]) for m in members}) == 1:
                 found[c, 0, forms.index(EXACT)] = 0.0
         return found
@@ -315,7 +320,8 @@ def _compensated(moments: Tensor | None, rows: Tensor) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     factor = torch.linalg.cholesky(inverse, upper=True)
     left = factor.diagonal(dim1=-2, dim2=-1).square().reciprocal()
-    return left.flatten(1)[:, None, : rows.shape[-1]]
+    whole: Tensor = left.flatten(1)[:, None, : rows.shape[-1]]
+    return whole
 
 
 def _rounded(rows: Tensor, coding: Coding | None) -> Tensor:

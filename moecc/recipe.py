@@ -196,7 +196,8 @@ def _exact_size(n: int) -> str:
     return f"{n // _UNITS[unit]}{unit}"
 
 
-def _parse_budget(text: str) -> Budget:
+def parse_budget(text: str) -> Budget:
+    """A ratio such as `1.35x`, or a size; ValueError otherwise."""
     number, unit = _quantity(text, "budget", ("x", *_UNITS), "`1.35x` or `80GiB`")
     if unit == "x":
         return Budget(float(number), None, text)
@@ -372,7 +373,7 @@ _RECIPE = Section(
             },
         ),
         "budget": Scalar(
-            _RATIO_OR_SIZE, lambda node: _parse_budget(node.value), lambda budget: budget.text
+            _RATIO_OR_SIZE, lambda node: parse_budget(node.value), lambda budget: budget.text
         ),
         "output": Section(
             Output,

@@ -16,6 +16,7 @@ from moecc.card import quality_cells, quality_note
 from moecc.manifest import FORMAT_VERSION
 from moecc.opened import Opened, Planned
 from moecc.recipe import format_size
+from moecc.sweep import Point
 
 SHADES = " ░▒▓█"
 COLORS = ("grey35", "blue", "cyan", "yellow", "red")
@@ -70,7 +71,26 @@ def plan_tables(planned: Planned) -> list[RenderableType]:
         f"[bold]{format_size(plan.expert_bytes)}[/] = [bold]{plan.ratio:.4g}x[/] of one 16-bit "
         f"variant; non-expert {format_size(plan.non_expert_bytes)}; budget {plan.budget}"
     )
+    if plan.loss is not None:
+        total += f"; expected KL divergence [bold]{plan.loss:.2g}[/] nats a token"
     return [table, total]
+
+
+def sweep_table(points: Sequence[Point]) -> Table:
+    """What every budget would take and lose."""
+    table = Table(title="Size and quality to expect", title_justify="left")
+    for column in ("budget", "ratio", "experts", "expected error", "expected KL"):
+        table.add_column(column, justify="right")
+    for point in points:
+        kl = "-" if point.expected_kl is None else f"{point.expected_kl:.2g}"
+        table.add_row(
+            point.budget,
+            f"{point.ratio:.4g}x",
+            format_size(point.nbytes),
+            f"{point.expected_error:.2%}",
+            kl,
+        )
+    return table
 
 
 def plan_json(planned: Planned) -> dict[str, Any]:

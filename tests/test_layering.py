@@ -17,7 +17,7 @@ _ORDER = """
     compatibility variants parallel measured routed streaming collected outputs calibration
     coding blocks lowrank alignment similarity forms allocate joint rates plan grouping planning bank merge
     merging nonexpert manifest artifact card staging writer evaluation
-    opened build consolidate export inspection report console
+    opened build consolidate sweep export inspection report console
 
     runtime.request runtime.options runtime.interface runtime.sequence runtime.scheduler
     runtime.sampling runtime.text runtime.answer
