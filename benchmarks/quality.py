@@ -437,8 +437,9 @@ def bars(rows: Sequence[Row], family: str) -> list[dict[str, Any]]:
     """Everything that ours has to hold, and whether it does."""
     ours = sorted((row for row in rows if row.kind == OURS), key=lambda row: row.ratio)
     found: list[dict[str, Any]] = []
+    whole = next(row.ratio for row in rows if row.name == "untouched")  # which loses nothing
     for row in rows if ours else ():
-        if row.kind == BASELINE:
+        if row.kind == BASELINE and row.ratio < whole:
             smaller = [o for o in ours if o.ratio <= row.ratio + 1e-9]
             if smaller:  # budgets say how small ours gets; below that nothing is claimed
                 measured, what = smaller[-1].kl, f"`{row.name}` at {row.ratio:.3f}x"
