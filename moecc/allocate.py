@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moecc.forms import Form
+from moecc.forms import EXACT, Form
 
 MOST_FORMS = 3
 SHORTLIST = 12  # forms of a projection that sets are made of
@@ -159,7 +159,9 @@ class _Layer:
         self.allowed = [np.ones(len(choices.forms), dtype=bool) for _ in choices.losses]
         centers = [form.center for form in choices.forms]
         firsts = [i for i, c in enumerate(centers) if i == 0 or c != centers[i - 1]]
-        self.centers = list(itertools.pairwise([*firsts, len(centers)]))
+        spans = itertools.pairwise([*firsts, len(centers)])
+        # The exact one first: where nothing is better, experts are kept as they are.
+        self.centers = sorted(spans, key=lambda span: choices.forms[span[0]] != EXACT)
         most = max(len(option) for options in choices.options for option in options)
         width = max(map(len, choices.options))
         # Padded with a cluster that costs nothing, and with the last option again.

@@ -41,13 +41,13 @@ from moecc.measured import (
 from moecc.outputs import layer_distances, load_samples
 from moecc.skeleton import load_config
 from moecc.streaming import Streamed
+from moecc.texts import PAIR_HINT, encode_pair, load_tokenizer, read_pairs
 from moecc.variants import OpenVariant
 
 CACHE_VERSION = 1
 LEARNED_TOKENS = 16384  # a variant, for the sensitivity; at least one sample
 HEAD_TOKENS = 1024  # whose logits are in memory at once
 SEED = 20260713
-_PAIR_HINT = 'an encoder-decoder needs lines such as {"input": "...", "target": "..."}'
 
 Progress = Callable[[int, int], None]
 
@@ -286,32 +286,30 @@ def _pair_batch(
 ) -> Batch:
     """Pairs, padded to the longest; a decoder reads its target shifted by one."""
     if not lines:
-        raise RecipeError(f"the calibration text of variant `{name}` has no pairs", _PAIR_HINT)
+        raise RecipeError(f"the calibration text of variant `{name}` has no pairs", PAIR_HINT)
     chosen, _ = _choose(len(lines), settings.samples, settings.length)
-    end, sources, targets = tokenizer.eos_token_id, [], []
+    sources, targets = [], []
     for source, target in (lines[i] for i in chosen):
-        written = tokenizer(text_target=target, verbose=False)["input_ids"]
-        if end is not None and written[-1:] != [end]:
-            written = [*written, end]
+        read, written = encode_pair(tokenizer, source, target)
+        sources.append(read[: settings.length])
         targets.append(written[: settings.length])
-        sources.append(tokenizer(source, verbose=False)["input_ids"][: settings.length])
     longest = max(len(row) for row in (*sources, *targets))
     learn = max(1, min(len(chosen), LEARNED_TOKENS // longest))
     start = config.decoder_start_token_id
     shifted = [[start if start is not None else config.pad_token_id, *t[:-1]] for t in targets]
-    read, read_mask = _padded(sources)
-    written, written_mask = _padded(shifted)
+    all_read, read_mask = _padded(sources)
+    all_written, written_mask = _padded(shifted)
     inputs = {
-        "input_ids": read,
+        "input_ids": all_read,
         "attention_mask": read_mask.long(),
-        "decoder_input_ids": written,
+        "decoder_input_ids": all_written,
         "decoder_attention_mask": written_mask.long(),
     }
     return Batch(
         inputs,
         learn,
-        Tokens(len(read), read.shape[1], read_mask),
-        Tokens(len(written), written.shape[1], written_mask),
+        Tokens(len(all_read), all_read.shape[1], read_mask),
+        Tokens(len(all_written), all_written.shape[1], written_mask),
     )
 
 
@@ -347,36 +345,21 @@ def _read_text(name: str, file: Path) -> str:
         ) from None
 
 
-def _pairs(file: Path, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            source, target = value["input"], value["target"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            source = target = None
-        if not (isinstance(source, str) and isinstance(target, str) and source and target):
-            raise RecipeError(f"line {number} of `{file}` is not a pair", _PAIR_HINT)
-        yield source, target
+def _pairs(file: Path, text: str) -> list[tuple[str, str]]:
+    try:
+        return list(read_pairs(text))
+    except ValueError as error:
+        raise RecipeError(f"{error} in `{file}`", PAIR_HINT) from None
 
 
 def _tokenizer(variant: OpenVariant) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        found = AutoTokenizer.from_pretrained(
-            variant.checkpoint.source.file("."), trust_remote_code=False
-        )
-    except SourceError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain ones
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return load_tokenizer(variant.checkpoint.source.file("."))
+    except ValueError as error:
         raise SourceError(
-            f"the tokenizer of variant `{variant.name}` does not load: {what}",
+            f"the tokenizer of variant `{variant.name}` does not load: {error}",
             "a source needs its tokenizer to be calibrated; without one leave `calibration` out",
         ) from None
-    return found
 
 
 def _check_tokens(variant: OpenVariant, batch: Batch, model: Any) -> None:

@@ -6,7 +6,6 @@ come from is `runtime/scoring.py`'s; docs/evaluation.md says what the figures me
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from moecc.manifest import CARD, MANIFEST, read_manifest, seal
 from moecc.plan import significant
 from moecc.recipe import parse_recipe
 from moecc.staging import describe
+from moecc.texts import PAIR_HINT, encode_pair, read_pairs
 
 COMPARED_AT_ONCE = 1 << 22  # logits in float64
 NOISE_DIGITS = 9  # decimals below are float32's rounding, which depends on the machine
@@ -101,35 +101,20 @@ def pairs(variant: str, tokenizer: Any, files: Sequence[Path], limit: int | None
     """
     lines = [line for file in files for line in _pair_lines(file)][:limit]
     if not lines:
-        raise MoeccError(f"the text of variant `{variant}` has no pairs", _PAIR_HINT)
-    end, samples = tokenizer.eos_token_id, []
+        raise MoeccError(f"the text of variant `{variant}` has no pairs", PAIR_HINT)
+    samples = []
     for source, target in lines:
-        tokens = tokenizer(text_target=target, verbose=False)["input_ids"]
-        if end is not None and tokens[-1:] != [end]:
-            tokens = [*tokens, end]
-        read = tokenizer(source, verbose=False)["input_ids"]
+        read, tokens = encode_pair(tokenizer, source, target)
         nbytes = len((source + target).encode())
         samples.append(Sample(torch.tensor(tokens), nbytes, torch.tensor(read), target))
     return samples
 
 
-_PAIR_HINT = 'an encoder-decoder needs lines such as {"input": "...", "target": "..."}'
-
-
 def _pair_lines(file: Path) -> list[tuple[str, str]]:
-    found = []
-    for number, line in enumerate(_read(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            source, target = value["input"], value["target"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            source = target = None
-        if not (isinstance(source, str) and isinstance(target, str) and source and target):
-            raise MoeccError(f"line {number} of `{file}` is not a pair", _PAIR_HINT)
-        found.append((source, target))
-    return found
+    try:
+        return list(read_pairs(_read(file)))
+    except ValueError as error:
+        raise MoeccError(f"{error} in `{file}`", PAIR_HINT) from None
 
 
 def _read(file: Path) -> str:

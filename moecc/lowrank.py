@@ -55,7 +55,7 @@ def factorize(matrix: Tensor, rank: int, moments: Tensor | None) -> tuple[Tensor
     right = leading(whitened, rank)
     left = whitened @ right
     width = right.shape[1]
-    found = unwhiten(right.T.contiguous(), moments)
+    found = unwhiten(right.T.contiguous(), moments)[:, : matrix.shape[1]]
     full_left = matrix.new_zeros(matrix.shape[0], rank, dtype=torch.bfloat16)
     full_right = matrix.new_zeros(rank, matrix.shape[1], dtype=torch.bfloat16)
     full_left[:, :width], full_right[:width] = left.bfloat16(), found.bfloat16()

@@ -28,9 +28,8 @@ from moecc.recipe import Merge, Params
 from moecc.similarity import Array
 from moecc.variants import TILE_ELEMENTS, OpenVariant, row_spans
 
-JOINT_ELEMENTS = (
-    1 << 22
-)  # weights of a tile that is coded column by column: long calls, few of them
+# Weights coded at once, column by column: few and long calls.
+JOINT_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 SCALES = {"task-arithmetic": 0.4, "ties": 1.0}  # as the papers have them where nothing is tuned
 
 
@@ -58,7 +57,7 @@ class Merging:
         if job.coded and (method == "ties" or any_low_rank(bank.residuals(job))):
             elements = bank.projection.params
         elif job.coded and method == "joint":
-            elements = JOINT_ELEMENTS
+            elements = JOINT_ELEMENTS[torch.device(self.device).type]
         return row_spans(bank.projection, self.variants, elements)
 
     def exact_rows(self, projection: Projection, job: Job, span: range) -> Tensor:

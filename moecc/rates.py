@@ -222,6 +222,8 @@ class _Sampled:
         self.every = max(1, rows.shape[1] // wanted)
         self.all_rows, self.rows, self.counts = rows, rows[:, :: self.every], counts
         self.scale = counts * (projection.matrix[0] / self.rows.shape[1])
+        # Factors that take more than three bits a weight have better alternatives.
+        self.most_rank = 3 * projection.params // (16 * sum(projection.matrix))
         self.moments = None if moments is None else damped(moments.to(rows.device))
         self.weights = _compensated(self.moments, self.rows)
 
@@ -290,7 +292,7 @@ class _Sampled:
         learned = int(LEARNED * self.all_rows.shape[1])
         scale = self.rows.shape[1] / max(1, self.all_rows.shape[1] - learned)
         found = {rank: torch.full((len(pairs),), torch.inf) for rank in ranks}
-        possible = [rank for rank in ranks if rank <= learned]
+        possible = [rank for rank in ranks if rank <= min(learned, self.most_rank)]
         for i, (_, center, v) in enumerate(pairs):
             if center % 2 == 0 or not possible:
                 continue

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from moecc.architecture import Architecture, ExpertLayer, Projection
 from moecc.bank import (
+    ABSENT,
     CENTER_POOL,
     CENTER_SLOT,
     NONE,
@@ -27,9 +28,11 @@ from moecc.bank import (
 )
 from moecc.checkpoint import TORCH_DTYPES
 from moecc.coding import Coding
+from moecc.forms import EXACT, Form
 from moecc.grouping import make_plan, restore_plan
+from moecc.lowrank import LowRank
 from moecc.merge import code_tile
-from moecc.plan import Group, Inputs, LayerPlan, Plan
+from moecc.plan import Group, Inputs, LayerPlan, Plan, assemble
 from moecc.recipe import Budget, Match, Merge
 from moecc.similarity import Labels
 
@@ -426,6 +429,128 @@ def test_the_order_of_slots_is_that_of_experts() -> None:
     assert bank.remap[:, :, 0, CENTER_SLOT].tolist() == [[0, 2, 4], [1, 3, 5]]
     assert bank.tensors() == [("l.w.center.BF16.weight", "BF16", (6, 2, 16))]
     assert bank.projections[0].pools == (Pool("center", "BF16", 6),)
+
+
+def test_mixed_forms_by_hand() -> None:
+    """Members with residuals of several codings or none, and a projection that is exact."""
+    layer = ExpertLayer("l", 2, (Projection("w", (8, 64), "F16"), Projection("x", (4, 128), "F16")))
+    merge = Merge("joint", "auto", "auto", 64)
+    inputs = inputs_of([layer], 4, merge, [np.array([[0, 1, 2, 3], [0, 1, 1, 3]])])
+
+    def group(members: tuple[int, ...], *forms: str) -> Group:
+        """`forms` are those of a projection, separated by spaces."""
+        parsed = tuple(tuple(map(Form.parse, own.split())) for own in forms)
+        return Group(members, True, parsed)
+
+    rank = "4bit-g64+rank4"
+    groups = {
+        (0, 0): [
+            group((0, 1, 2, 3), f"4bit-g64 4bit-g64+2bit-g64 {rank} 4bit-g64", "16bit " * 4),
+        ],
+        (0, 1): [
+            group((0,), "exact", "8bit-g64"),
+            group((1, 2, 3), f"{rank} {rank} 4bit-g64", "16bit+1bit-g64 " * 3),
+        ],
+    }
+    plan = assemble(inputs, groups, "1x")
+    (bank,) = layers_of(plan, inputs, "BF16")
+    w, x = bank.projections
+    assert w.pools == (
+        Pool("center", "4bit-g64", 2),
+        Pool("residual", "2bit-g64", 1),
+        Pool("residual", "rank4", 2),
+        Pool("center", "F16", 1),
+    )
+    assert x.pools == (
+        Pool("center", "BF16", 2),
+        Pool("center", "8bit-g64", 1),
+        Pool("residual", "1bit-g64", 2),
+    )
+    assert [job.residuals for job in w.jobs] == [
+        (ABSENT, (1, 0), (2, 0), ABSENT),
+        (),
+        ((2, 1), ABSENT),
+    ]
+    assert [job.residuals for job in x.jobs] == [(), (), ((2, 0), (2, 1))]
+    assert [job.coded for job in w.jobs] == [True, False, True]
+    assert [job.own_order for bank in (w, x) for job in bank.jobs] == [False] * 6
+    assert w.residuals(w.jobs[0]) == [None, Coding(2, 64), LowRank(4), None]
+    assert w.residuals(w.jobs[1]) == [None]
+    assert w.residuals(w.jobs[2]) == [LowRank(4), None]
+    none = [NONE, NONE]
+    assert bank.remap[:, :, 0].tolist() == [
+        [[0, 0, *none], [3, 0, *none]],
+        [[0, 0, 1, 0], [0, 1, 2, 1]],
+        [[0, 0, 2, 0], [0, 1, 2, 1]],
+        [[0, 0, *none], [0, 1, *none]],
+    ]
+    assert bank.remap[:, 1, 1].tolist() == [
+        [1, 0, *none],
+        [0, 1, 2, 0],
+        [0, 1, 2, 0],
+        [0, 1, 2, 1],
+    ]
+    assert ("l.w.residual.rank4.left", "BF16", (2, 8, 4)) in bank.tensors()
+    assert ("l.w.residual.rank4.right", "BF16", (2, 4, 64)) in bank.tensors()
+    total = sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for _, dtype, shape in bank.tensors())
+    assert total == plan.layers[0].nbytes == plan.expert_bytes
+    assert EXACT in groups[0, 1][0].forms[0]
+
+
+@st.composite
+def mixed_cases(draw: st.DrawFn) -> Case:
+    """Any groups, with any forms of one center for each projection."""
+    count = draw(st.integers(2, 5))
+    weights = tuple(Projection(f"w{p}", (8, 64), "BF16") for p in range(draw(st.integers(1, 2))))
+    layer = ExpertLayer("l", draw(st.integers(1, 3)), weights)
+    kinds = st.lists(st.integers(0, count - 1), min_size=count, max_size=count)
+    labels = np.array(
+        [[k.index(v) for v in k] for k in (draw(kinds) for _ in range(layer.num_experts))]
+    )
+    inputs = inputs_of([layer], count, Merge("joint", "auto", "auto", 64), [labels])
+    centers = st.sampled_from(["16bit", "4bit-g64", "8bit-g64"])
+    residuals = st.sampled_from(["", "1bit-g64", "3bit-g64", "rank4"])
+    groups: dict[tuple[int, int], list[Group]] = {}
+    for expert in range(layer.num_experts):
+        own = labels[expert]
+        parts: dict[int, list[int]] = {}
+        for variant, part in enumerate(draw(kinds)):
+            parts.setdefault(part, []).append(variant)
+        groups[0, expert] = []
+        for members in parts.values():
+            forms = []
+            for _ in weights:
+                center = draw(centers)
+                of_kind = {int(own[m]): Form(center, draw(residuals)) for m in members}
+                forms.append(tuple(of_kind[int(own[m])] for m in members))
+            groups[0, expert].append(Group(tuple(members), True, tuple(forms)))
+    plan = assemble(inputs, groups, "1x")
+    return Case(inputs, plan, "BF16", layers_of(plan, inputs, "BF16"))
+
+
+@settings(deadline=None, max_examples=100)
+@given(mixed_cases())
+def test_mixed_forms_are_where_the_remap_says(case: Case) -> None:
+    (bank,), plan = case.banks, case.plan.layers[0]
+    for variant, expert, p in np.ndindex(bank.remap.shape[:3]):
+        entry, pools = bank.remap[variant, expert, p], bank.projections[p].pools
+        group = group_of(plan, expert, variant)
+        form = group.forms[p][group.members.index(variant)]
+        assert pools[entry[CENTER_POOL]].packed == form.center_coding
+        if form.residual:
+            assert pools[entry[RESIDUAL_POOL]].packed == form.residual_coding
+        else:
+            assert tuple(entry[2:]) == ABSENT
+    for p, found in enumerate(bank.projections):
+        written = Counter(at for job in found.jobs for at in (job.center, *job.residuals))
+        del written[ABSENT]
+        expected = {(i, s) for i, pool in enumerate(found.pools) for s in range(pool.slots)}
+        assert set(written) == expected
+        assert set(written.values()) == {1}
+        table = bank.remap[:, :, p].reshape(-1, 2).tolist()
+        assert {tuple(at) for at in table} - {ABSENT} == expected
+    total = sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for _, dtype, shape in bank.tensors())
+    assert total == plan.nbytes
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])

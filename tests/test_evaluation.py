@@ -544,7 +544,7 @@ def test_switch_saves_and_refuses(
         wrong = tmp_path / "wrong.jsonl"
         wrong.write_text(pairs.read_text() + line)
         outcome = cli("eval", switch, "--text", f"a={wrong}")
-        outcome.failed(1, "line 5 of", "is not a pair", '{"input": "...", "target": "..."}')
+        outcome.failed(1, "line 5 is not a pair", '{"input": "...", "target": "..."}')
     wrong.write_text("\n")
     cli("eval", switch, "--text", f"a={wrong}").failed(1, "has no pairs")
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)

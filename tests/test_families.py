@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -404,7 +404,7 @@ class TestRoundTrip:
         for module in ("export", "checkpoint", "artifact"):
             name = "TILE_ELEMENTS" if module == "export" else "STREAM_BYTES"
             monkeypatch.setattr(f"moecc.{module}.{name}", 250)
-        monkeypatch.setattr("moecc.merging.row_spans", partial(row_spans, elements=150))
+        monkeypatch.setattr("moecc.merging.row_spans", lambda p, v, elements: row_spans(p, v, 150))
         consolidate.run(smallest(folders, **CODED), tmp_path / "pieces")
         for file in ("experts-00000.safetensors", "experts-00001.safetensors"):
             whole, pieces = (tmp_path / made / file for made in ("whole", "pieces"))

@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "moecc"
 # Lowest first; a module imports only from those before it. A new one needs a place here.
 _ORDER = """
     errors strictyaml recipe tensorfile files hub sources checkpoint skeleton architecture
-    compatibility variants parallel measured routed streaming collected outputs calibration
-    coding blocks lowrank alignment similarity forms allocate joint rates plan grouping planning bank merge
-    merging nonexpert manifest artifact card staging writer evaluation
+    compatibility variants parallel texts measured routed streaming collected outputs calibration
+    coding blocks lowrank alignment similarity forms allocate joint rates plan grouping planning
+    bank merge merging nonexpert manifest artifact card staging writer evaluation
     opened build consolidate sweep export inspection report console
 
     runtime.request runtime.options runtime.interface runtime.sequence runtime.scheduler

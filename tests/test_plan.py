@@ -28,7 +28,7 @@ from scipy.spatial.distance import pdist, squareform
 from moecc.architecture import Architecture, ExpertLayer, Projection
 from moecc.coding import Coding, distortion, encode
 from moecc.errors import PlanError
-from moecc.forms import fixed_form
+from moecc.forms import Form, fixed_form
 from moecc.grouping import make_plan, restore_plan
 from moecc.merge import code_tile, mean
 from moecc.plan import (
@@ -870,6 +870,103 @@ def test_a_saved_plan_with_junk_for_groups_is_refused(case: str) -> None:
     value["layers"][0]["experts"][0] = JUNK[case]
     with pytest.raises(PlanError):
         restore_plan(value, inputs)
+
+
+def planned() -> tuple[Inputs, Any]:
+    """Two projections, forms chosen by the planner; variants 0 and 1 are identical in expert 1."""
+    labels = [np.array([[0, 1, 2], [0, 0, 2]])]
+    shape = architecture((2, (weight(), weight(name="x"))))
+    inputs = make_inputs(shape, 3, distinct=labels)
+    value = dumped(make_plan(inputs, PLENTY, Match()))
+    merge = Merge("joint", "auto", "auto", 64)
+    value |= {
+        "merge": asdict(merge),
+        "forms": ["16bit", "4bit-g64", "4bit-g64+2bit-g64", "4bit-g64+rank4", "exact"],
+        "loss": 0.25,
+    }
+    value["layers"][0]["experts"] = [
+        [[0, 2, [[1, 3], [0, 0]]], [1, [[4], [2]]]],
+        [[0, 1, False], [2, [[2], [0]]]],
+    ]
+    return replace(inputs, merge=merge), value
+
+
+def test_a_planned_plan_is_restored() -> None:
+    inputs, value = planned()
+    plan = restore_plan(value, inputs)
+    first, second = (
+        map(Form.parse, names) for names in (["4bit-g64", "4bit-g64+rank4"], ["16bit"])
+    )
+    (plain,) = second
+    assert plan.layers[0].experts[0][0] == Group((0, 2), True, (tuple(first), (plain, plain)))
+    factors, center, residual = 2 * 4 * (8 + 64), 8 * 34, 8 * 18
+    sizes = [center + factors + 1024, 1024 + center + residual, 2048, center + residual + 1024]
+    assert plan.expert_bytes == sum(sizes)
+    assert plan.loss == 0.25
+    assert restore_plan(dumped(plan), inputs) == plan
+    value["layers"][0]["experts"][0][0] = [2, 0, [[3, 1], [0, 0]]]
+    value["forms"].append("8bit-g64")  # which nobody uses
+    assert restore_plan(value, inputs) == plan
+
+
+NO_FORMS = "has no form for every member"
+PLANNED_JUNK: dict[str, tuple[Any, str]] = {
+    "a flag": ([[0, 1, 2, True]], NO_FORMS),
+    "no forms": ([[0, 1, 2, []]], NO_FORMS),
+    "null": ([[0, 1, 2, None]], NO_FORMS),
+    "numbers of no projection": ([[0, 1, 2, [0, 0, 0]]], NO_FORMS),
+    "too few members": ([[0, 1, 2, [[1, 1], [1, 1]]]], NO_FORMS),
+    "too many members": ([[0, 1, 2, [[1, 1, 1, 1], [1, 1, 1]]]], NO_FORMS),
+    "a number too high": ([[0, 1, 2, [[1, 1, 5], [1, 1, 1]]]], NO_FORMS),
+    "a negative number": ([[0, 1, 2, [[1, 1, -1], [1, 1, 1]]]], NO_FORMS),
+    "a number with a point": ([[0, 1, 2, [[1, 1, 1.0], [1, 1, 1]]]], NO_FORMS),
+    "a boolean": ([[0, 1, 2, [[1, 1, True], [1, 1, 1]]]], NO_FORMS),
+    "a name": ([[0, 1, 2, [["16bit"] * 3, [1, 1, 1]]]], NO_FORMS),
+    "a projection too few": ([[0, 1, 2, [[1, 1, 1]]]], "no form for every projection"),
+    "a projection too many": ([[0, 1, 2, [[1, 1, 1]] * 3]], "no form for every projection"),
+    "several centers": ([[0, 1, 2, [[0, 1, 1], [1, 1, 1]]]], "several centers"),
+    "exact though different": ([[0, 1, 2, [[4, 4, 4], [1, 1, 1]]]], "for variants that differ"),
+    "exact with others": ([[0, 1, 2, [[4, 1, 1], [1, 1, 1]]]], "for variants that differ"),
+    "a variant missing": ([[0, 1, [[1, 1], [1, 1]]]], "every variant of expert 0"),
+}
+
+
+@pytest.mark.parametrize("case", PLANNED_JUNK)
+def test_a_planned_plan_with_junk_for_forms_is_refused(case: str) -> None:
+    inputs, value = planned()
+    value["layers"][0]["experts"][0], message = PLANNED_JUNK[case]
+    with pytest.raises(PlanError) as caught:
+        restore_plan(value, inputs)
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("key", "junk"),
+    [
+        *(("forms", [*["16bit"] * 4, name]) for name in ("4bit", "", "rank4", "exact+2bit-g64")),
+        *(("forms", [*["16bit"] * 4, name]) for name in ("4bit-g64+", "16bit+16bit", 4, None)),
+        *(("forms", junk) for junk in (None, [], 5, {})),
+        *(("loss", junk) for junk in (-1.0, "0.1", math.nan, math.inf, True, [])),
+    ],
+)
+def test_a_planned_plan_with_other_junk_is_refused(key: str, junk: Any) -> None:
+    inputs, value = planned()
+    value[key] = junk
+    with pytest.raises(PlanError, match="not a plan"):
+        restore_plan(value, inputs)
+
+
+def test_a_planned_plan_without_its_forms_is_refused() -> None:
+    inputs, value = planned()
+    del value["forms"]
+    with pytest.raises(PlanError, match="not a plan"):
+        restore_plan(value, inputs)
+    # And one without planned forms is none for a recipe that plans.
+    fixed, other = saved()
+    with pytest.raises(PlanError):
+        restore_plan(other, inputs)
+    with pytest.raises(PlanError):
+        restore_plan(planned()[1], fixed)
 
 
 def test_the_order_of_members_does_not_matter() -> None:

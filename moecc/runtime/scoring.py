@@ -29,6 +29,7 @@ from moecc.runtime.loading import Progress
 from moecc.runtime.residency import Resident
 from moecc.skeleton import load_config, model_class
 from moecc.sources import Source, resolve
+from moecc.texts import load_tokenizer
 
 CONFIG = "config.json"
 BLOCK_TOKENS = 16
@@ -340,15 +341,11 @@ def _config(artifact: Artifact) -> Any:
 
 
 def _tokenizer(artifact: Artifact, variant: str) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = artifact.path / variant_folder(variant)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain ones
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return load_tokenizer(artifact.path / variant_folder(variant))
+    except ValueError as error:
         raise RuntimeUnfitError(
-            f"the tokenizer of variant `{variant}` does not load: {what}",
+            f"the tokenizer of variant `{variant}` does not load: {error}",
             "variants without a tokenizer cannot be evaluated",
         ) from None
 
