@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import closing
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -631,12 +632,8 @@ def _sweep(console: Console, recipe: Any, budgets: str, plot: Path | None, devic
     wanted = curve.parse_budgets(budgets)
     with console.progress() as report:
         opened = open_recipe(recipe, on_progress=report)
-        try:
-            studied = study(opened, device=device, on_progress=report)
+        with closing(opened), closing(study(opened, device=device, on_progress=report)) as studied:
             points = curve.sweep(studied, wanted)
-            studied.close()
-        finally:
-            opened.close()
     console.show(sweep_table(points))
     console.data({"sweep": [point.to_json() for point in points]})
     if plot is not None:

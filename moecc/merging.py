@@ -123,9 +123,10 @@ class Merging:
             return regression_mean(tiles, importance, moments)
         base = self._rows(projection, job, span, self.base)
         scale = params.scale or SCALES[method]
+        every = [tile for tile, count in zip(tiles, times, strict=True) for _ in range(count)]
         if method == "ties":
-            return ties(tiles, base, scale, params.density)
-        return task_arithmetic(tiles, base, scale)
+            return ties(every, base, scale, params.density)
+        return task_arithmetic(every, base, scale)
 
     def _inputs(self, projection: Projection, job: Job) -> tuple[Tensor, Tensor | None]:
         """Importance [kinds], and second moments [kinds, blocks, B, B] of the members' inputs."""
