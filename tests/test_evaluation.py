@@ -390,7 +390,9 @@ def test_save(copied: Path, text: Path, cli: Cli) -> None:
 
 
 _QUALITY = {
-    "variants": {"chat": dict.fromkeys(FIGURES) | {"perplexity": 2.5, "tokens": 8, "windows": 1}},
+    "variants": {
+        "chat": dict.fromkeys(sorted(FIGURES)) | {"perplexity": 2.5, "tokens": 8, "windows": 1}
+    },
     **dict.fromkeys(("mean_ratio", "mean_kl", "worst_ratio")),
     "window": 9,
     "dtype": "float32",
