@@ -86,7 +86,7 @@ def _figures(manifest: dict[str, Any]) -> list[str]:
         f"| non-expert memory | {format_size(other['bytes'])}, exact "
         f"({format_size(other['stored_bytes'])} on disk) |",
         f"| budget | {manifest['budget']} |",
-        f"| coding | {coding}, groups of {merge['group']} |",
+        f"| coding | {coding}, group {merge['group']} |",
         "",
     ]
 

@@ -184,7 +184,7 @@ def _summary(manifest: dict[str, Any]) -> Table:
         "on disk": format_size(sum(file["size"] for file in manifest["files"].values())),
         "budget": manifest["budget"],
         "merge": f"{merge['method']}, center {merge['center']}, residual {merge['residual']}, "
-        f"groups of {merge['group']}",
+        f"group {merge['group']}",
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))
