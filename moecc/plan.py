@@ -67,7 +67,7 @@ class Plan:
     non_expert_bytes: int  # of all variants
     budget: str
     layout: str  # fingerprint of the architecture the plan was made for
-    loss: float | None = None  # expected, in nats of KL divergence a token, where it was planned by
+    loss: float | None = None  # expected, nats of KL divergence a token; None if not calibrated
 
     @property
     def ratio(self) -> float:
