@@ -7,12 +7,10 @@ others through static ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import served
-import torch
 from served import DECODERS, DTYPES, MODES, SPECIAL, STATIC, Built, Passes
 
 from moecc.runtime.opening import open_engine
@@ -24,13 +22,7 @@ one_variant_a_pass = pytest.mark.parametrize("mode", ["resident", "swap"])
 every_policy = pytest.mark.parametrize("policy", ["fifo", "grouped"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small tensors: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

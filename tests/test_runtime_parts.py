@@ -44,13 +44,7 @@ CPU = torch.device("cpu")
 ANY = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small tensors: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
