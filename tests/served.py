@@ -34,6 +34,7 @@ from moecc.export import load_model
 from moecc.runtime import loading
 from moecc.runtime.attention import KVCache
 from moecc.runtime.engine import Engine
+from moecc.runtime.fused import FusedRunner
 from moecc.runtime.opening import PATIENCE, open_engine
 from moecc.runtime.options import Options
 from moecc.runtime.paged import PagedRunner, Part
@@ -327,22 +328,30 @@ class Passes:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.parts: list[list[Part]] = []
         self.static: list[list[int]] = []  # lengths of the prompts of a batch
-        paged, static = PagedRunner.run, StaticRunner.run
+        paged, fused, static = PagedRunner.run, FusedRunner.run, StaticRunner.run
+        self.fused = 0  # passes of our own layers
 
         def run_paged(runner: Any, parts: Sequence[Part]) -> Any:
             self.parts.append(list(parts))
             return paged(runner, parts)
+
+        def run_fused(runner: Any, parts: Sequence[Part]) -> Any:
+            self.parts.append(list(parts))
+            self.fused += 1
+            return fused(runner, parts)
 
         def run_static(runner: Any, variant: int, prompts: Any, *others: Any) -> Any:
             self.static.append([len(p) for p in prompts])
             return static(runner, variant, prompts, *others)
 
         patch.setattr(PagedRunner, "run", run_paged)
+        patch.setattr(FusedRunner, "run", run_fused)
         patch.setattr(StaticRunner, "run", run_static)
 
     def clear(self) -> None:
         self.parts.clear()
         self.static.clear()
+        self.fused = 0
 
     @property
     def most_variants(self) -> int:

@@ -19,10 +19,14 @@ _ORDER = """
     bank merge merging nonexpert manifest artifact card staging writer evaluation
     opened build consolidate sweep export inspection report console
 
+    kernels.device kernels.norm kernels.align kernels.linear kernels.packed kernels.experts
+    kernels.router kernels.attention kernels.rotary
+
     runtime.request runtime.options runtime.interface runtime.sequence runtime.scheduler
     runtime.sampling runtime.text runtime.answer
     runtime.step runtime.linear runtime.stacked runtime.experts runtime.attention runtime.devices
     runtime.nonexpert runtime.loading runtime.residency runtime.paged runtime.static
+    runtime.decoder runtime.fused
     runtime.engine runtime.opening runtime.api runtime.scoring
 
     server.failure server.fields server.protocol server.generation server.events server.vocabulary

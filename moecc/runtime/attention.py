@@ -84,11 +84,15 @@ class KVCache:
             found._layers[layer] = (found._pool(keys), found._pool(values))
         return found
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Keys and values `[rows, heads, dim]` of the tokens at `slots`, int64 [rows]."""
+    def layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer; `keys` and `values` are `[rows, heads, dim]` like them."""
         if layer not in self._layers:
             self._layers[layer] = (self._pool(keys), self._pool(values))
-        for pool, new in zip(self._layers[layer], (keys, values), strict=True):
+        return self._layers[layer]
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keys and values `[rows, heads, dim]` of the tokens at `slots`, int64 [rows]."""
+        for pool, new in zip(self.layer(layer, keys, values), (keys, values), strict=True):
             pool[slots] = new
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from moecc.errors import RequestError, StoppedError
 from moecc.runtime.answer import Answer
 from moecc.runtime.interface import Deliver, OnReconfigure
+from moecc.runtime.fused import FusedRunner
 from moecc.runtime.paged import PagedRunner, Part
 from moecc.runtime.request import FinishReason, Request, Stats, TokenLogprob
 from moecc.runtime.residency import Residency
@@ -25,6 +26,8 @@ from moecc.runtime.sequence import Sequence
 from moecc.runtime.static import StaticRunner
 
 QUIET_SECONDS = 1.0
+
+Runner = PagedRunner | FusedRunner | StaticRunner
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class Engine:
         *,
         base: str,
         artifact_hash: str,
-        runner: PagedRunner | StaticRunner,
+        runner: Runner,
         residency: Residency,
         scheduler: Scheduler,
         policy: str,
@@ -71,10 +74,10 @@ class Engine:
         self.variants = tuple(self._variants)
         self.base = base
         self.artifact_hash = artifact_hash
-        self._runner: PagedRunner | StaticRunner | None = runner
+        self._runner: Runner | None = runner
         self._residency: Residency | None = residency
         self._mode = residency.mode
-        self._continuous = isinstance(runner, PagedRunner)
+        self._continuous = not isinstance(runner, StaticRunner)
         self._scheduler = scheduler
         self._policy = policy
         self._memory = dict(memory)
@@ -240,10 +243,10 @@ class Engine:
         for piece in batch.pieces:
             self._batch[self.variants[piece.sequence.variant]] += piece.count
         try:
-            if isinstance(self._runner, PagedRunner):
-                self._run_pass(self._runner, batch)
-            elif self._runner is not None:
+            if isinstance(self._runner, StaticRunner):
                 self._run_static(self._runner, batch)
+            elif self._runner is not None:
+                self._run_pass(self._runner, batch)
         except Exception as error:
             if "CUDA error" in str(error):  # the device is lost
                 raise
@@ -274,7 +277,7 @@ class Engine:
         if upcoming is not None:
             self._residency.prefetch(upcoming)
 
-    def _run_pass(self, runner: PagedRunner, batch: Batch) -> None:
+    def _run_pass(self, runner: PagedRunner | FusedRunner, batch: Batch) -> None:
         parts = [
             Part(
                 p.sequence.variant,

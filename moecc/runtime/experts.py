@@ -20,12 +20,17 @@ from torch import Tensor
 
 from moecc.bank import CENTER_POOL, CENTER_SLOT, NONE, RESIDUAL_POOL, RESIDUAL_SLOT
 from moecc.coding import Coded, Coding, decode
+from moecc.kernels import experts as kernels
+from moecc.kernels.experts import Projection, Term
+from moecc.kernels.norm import Norm
+from moecc.kernels.packed import arranged
 from moecc.lowrank import LowRank, expand
 from moecc.merge import add_residual
 from moecc.runtime import step
 from moecc.runtime.linear import linear
 
 NAME = "moecc"
+_LAST = ("down_proj", "wo")
 REMAP = "moecc_remap"  # name of the module's buffer: logical -> physical expert
 # Weights decoded at once: large ones go one by one, small ones share the cost of each call.
 DECODED_AT_ONCE = 1 << 20
@@ -125,6 +130,93 @@ class LayerExperts:
         return sum(t.nbytes for pool in pools for t in pool.tensors)
 
 
+class KernelExperts:
+    """A layer's part of the bank, laid out for the kernels that run it on a GPU in `dtype`.
+
+    Takes the place of a LayerExperts, whose pools it frees one by one as it goes.
+    """
+
+    def __init__(self, layer: LayerExperts, dtype: torch.dtype) -> None:
+        self.remap = layer.remap
+        self.projections: dict[str, Projection] = {}
+        tables: dict[bytes, Tensor] = {}
+        for name, slots in list(layer.projections.items()):
+            if not name.endswith("_bias"):
+                bias = layer.projections.get(f"{name}_bias")
+                self.projections[name] = _projection(slots, bias, dtype, tables)
+                del layer.projections[name]
+        self.first = next(name for name in self.projections if name not in _LAST)
+        self.last = next(name for name in self.projections if name in _LAST)
+
+    @property
+    def nbytes(self) -> int:
+        found = 0
+        for projection in self.projections.values():
+            found += 0 if projection.bias is None else projection.bias.nbytes
+            found += sum(term.nbytes for term in projection.terms)
+        return found
+
+    def apply(
+        self,
+        x: Tensor,
+        physical: Tensor,
+        routing: Tensor,
+        activation: str,
+        *,
+        norm: Norm | None = None,
+        variants: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """All of the layer's work on its experts: see `kernels.experts.experts`."""
+        return kernels.experts(
+            x,
+            physical,
+            routing,
+            self.projections[self.first],
+            self.projections[self.last],
+            activation,
+            norm=norm,
+            variants=variants,
+            residual=residual,
+        )
+
+    def project(self, name: str, x: Tensor, physical: Tensor) -> Tensor:
+        """See `kernels.experts.project`."""
+        return kernels.project(x, physical, self.projections[name])
+
+
+def _projection(
+    slots: ProjectionSlots,
+    bias: ProjectionSlots | None,
+    dtype: torch.dtype,
+    tables: dict[bytes, Tensor],
+) -> Projection:
+    """`tables` has those made before: equal ones are one tensor, whose blocks are made once."""
+    physical = np.array(slots.physical, dtype=np.int32)
+    terms = []
+    for index, pool in enumerate(slots.pools):
+        own = np.where(
+            physical[:, CENTER_POOL] == index,
+            physical[:, CENTER_SLOT],
+            np.where(physical[:, RESIDUAL_POOL] == index, physical[:, RESIDUAL_SLOT], NONE),
+        ).astype(np.int32)
+        device = pool.tensors[0].device
+        table = tables.setdefault(own.tobytes(), torch.from_numpy(own).to(device))
+        terms.append(Term(table, _arranged(pool, slots.matrix[1], dtype)))
+    values = None
+    if bias is not None:
+        values = torch.stack(list(bias.weights(range(len(physical)), dtype)))
+    return Projection(tuple(terms), slots.matrix[0], values)
+
+
+def _arranged(pool: SlotPool, in_features: int, dtype: torch.dtype) -> Any:
+    if isinstance(pool.coding, Coding):
+        *planes, scales = pool.tensors
+        return arranged(tuple(planes), scales, pool.coding, in_features)
+    plain = tuple(t.to(dtype) for t in pool.tensors)
+    return plain if isinstance(pool.coding, LowRank) else plain[0]
+
+
 def install() -> None:
     """Makes our function known to transformers, for this process; harmless twice."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -140,6 +232,8 @@ def fused_experts(
     `top_k_index` int64 and `top_k_weights`, both `[T, k]`, are the router's. Computes what
     transformers' `grouped_mm` does, in its order of operations.
     """
+    if isinstance(module.moecc, KernelExperts):
+        return _with_kernels(module, hidden_states, top_k_index, top_k_weights)
     first = "gate_up_proj" if module.has_gate else "up_proj"
     runs = _Runs(_physical(module, top_k_index))
     rows = hidden_states[runs.order // top_k_index.shape[1]]
@@ -155,6 +249,23 @@ def fused_experts(
     restored = restored * top_k_weights.reshape(-1, 1)
     summed = restored.view(*top_k_index.shape, -1).sum(dim=1)
     return summed.to(hidden_states.dtype)
+
+
+def _with_kernels(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """As `fused_experts`, in the order of the routes: those of a token are neighbors."""
+    layer: KernelExperts = module.moecc
+    physical = _physical(module, top_k_index).to(torch.int32)
+    fan = physical.shape[1]
+    rows = layer.project(layer.first, hidden_states, physical)
+    with step.repeated(fan):
+        inner = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+        out = layer.project(layer.last, inner, physical.view(-1, 1))
+        if getattr(module, "has_post_expert_norm", False):
+            out = module.post_expert_norm(out)
+    out = (out * top_k_weights.reshape(-1, 1)).view(*physical.shape, -1).sum(dim=1)
+    return out.to(hidden_states.dtype)
 
 
 def switch_experts(

@@ -20,10 +20,11 @@ from moecc.artifact import Artifact, PoolReader, StoredTensor
 from moecc.checkpoint import TORCH_DTYPES
 from moecc.compatibility import compare_configs
 from moecc.errors import DamagedArtifactError, RuntimeUnfitError, SourceError
+from moecc.kernels.device import on_gpu
 from moecc.manifest import StoredLayer, variant_file
 from moecc.runtime import attention, experts, step
 from moecc.runtime.devices import STAGING_BYTES
-from moecc.runtime.experts import REMAP, LayerExperts, SlotPool
+from moecc.runtime.experts import REMAP, KernelExperts, LayerExperts, SlotPool
 from moecc.runtime.nonexpert import RowLayout, places
 from moecc.skeleton import load_config, model_class
 
@@ -148,6 +149,23 @@ def load_experts(
             model.get_submodule(stored.layer.name).moecc = layer
         layers.append(layer)
     return tuple(layers)
+
+
+def use_kernels(
+    skeletons: Skeletons, layers: tuple[LayerExperts, ...], device: torch.device
+) -> tuple[KernelExperts, ...] | None:
+    """Lays the bank out for kernels, which from here on is all there is of it; None: as it is."""
+    like = torch.empty(0, dtype=skeletons.dtype, device=device)
+    modules = [stored.layer.name for stored in skeletons.artifact.layers]
+    model = skeletons.models[0]
+    if not on_gpu(like) or not all(hasattr(model.get_submodule(m), "has_gate") for m in modules):
+        return None
+    found = []
+    for name, layer in zip(modules, layers, strict=True):
+        found.append(KernelExperts(layer, skeletons.dtype))
+        for model in skeletons.models:
+            model.get_submodule(name).moecc = found[-1]
+    return tuple(found)
 
 
 def load_rows(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from moecc.errors import DamagedArtifactError, RuntimeUnfitError
 from moecc.manifest import variant_file, variant_folder
 from moecc.runtime import attention, devices, loading
 from moecc.runtime.attention import KVCache
+from moecc.runtime.decoder import Decoder, recognized
 from moecc.runtime.engine import Engine, Variant
-from moecc.runtime.experts import LayerExperts
+from moecc.runtime.experts import KernelExperts, LayerExperts
+from moecc.runtime.fused import FusedRunner
 from moecc.runtime.loading import Progress, Skeletons
 from moecc.runtime.options import Options
 from moecc.runtime.paged import PagedRunner, Part
@@ -32,6 +35,8 @@ _DEFAULT_LENGTH = 4096
 # Their frequencies change with the length of the longest sequence of a batch.
 _SCALED_BY_LENGTH = {"longrope", "dynamic"}
 _PROBE_TOKENS = 4
+# Relative difference of logits that rounding and a few other routes explain; half must be below.
+_AGREEMENT = 0.05
 _UNBOUNDED = 1 << 40
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 
@@ -55,20 +60,27 @@ def open_engine(
         artifact.check_sizes()
         if options.verify:
             _verify(artifact, on_progress)
-        device = devices.resolve(options.gpu)
-        opening = _Opening(artifact, options, device, on_progress, note)
-        try:
-            return opening.engine()
-        except BaseException:
-            devices.release(device, opening.pinned)
-            raise
-    except torch.OutOfMemoryError as error:
-        raise RuntimeUnfitError(
-            f"out of memory: {str(error).splitlines()[0]}",
-            "use `--mode swap`, a smaller `--kv-cache`, or free memory",
-        ) from None
+        return start_engine(artifact, options, on_progress=on_progress, note=note)
     finally:
         artifact.close()
+
+
+def start_engine(
+    artifact: Artifact, options: Options, *, on_progress: Progress, note: Note
+) -> Engine:
+    """The engine of an open artifact, which is not needed after; raises as `open_engine` does."""
+    device = devices.resolve(options.gpu)
+    opening = _Opening(artifact, options, device, on_progress, note)
+    try:
+        return opening.engine()
+    except BaseException as error:
+        devices.release(device, opening.pinned)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RuntimeUnfitError(
+                f"out of memory: {str(error).splitlines()[0]}",
+                "use `--mode swap`, a smaller `--kv-cache`, or free memory",
+            ) from None
+        raise
 
 
 def _verify(artifact: Artifact, on_progress: Progress) -> None:
@@ -103,15 +115,19 @@ class _Opening:
         if unmixable and (self.options.mode == "mixed" or (mode != "swap" and refusal is None)):
             self.note(f"{unmixable}: batches are of one variant")
         layers = loading.load_experts(skeletons, self.device, self.on_progress)
+        kernels = loading.use_kernels(skeletons, layers, self.device)
         rows = self._rows(skeletons, layers, mode)
         residency = self._residency(skeletons, rows, mode)
         if refusal is None:
             residency, probed, refusal = self._probed(skeletons, rows, residency)
         variants = self._variants(skeletons)
-        runner: PagedRunner | StaticRunner
+        runner: PagedRunner | FusedRunner | StaticRunner
         if refusal is None:
             cache, variants = self._cache(probed, variants)
-            runner = PagedRunner(residency, cache, self.device)
+            decoder = None
+            if kernels is not None and not unmixable:
+                decoder = self._decoder(skeletons, kernels, residency)
+            runner = self._runner(decoder, residency, cache, variants)
             kv = cache.nbytes
             scheduler = self._scheduler(residency.mode, BLOCK_TOKENS, cache.blocks)
         else:
@@ -121,7 +137,7 @@ class _Opening:
             kv = 0  # the model keeps its own, for a batch at a time
             # A block stands for a request; admission wants one to spare for each that runs.
             scheduler = self._scheduler(residency.mode, _UNBOUNDED, 2 * self.options.max_num_seqs)
-        experts = sum(layer.nbytes for layer in layers)
+        experts = sum(layer.nbytes for layer in kernels or layers)
         memory = {"experts": experts, "non_expert": residency.nbytes, "kv": kv}
         pinned = self.pinned
         return Engine(
@@ -225,6 +241,58 @@ class _Opening:
                 self.note(f"{reason}: batches are of one variant")
                 return self._probed(skeletons, rows, Resident(skeletons, rows))
             return residency, cache, reason
+
+    def _decoder(
+        self, skeletons: Skeletons, layers: tuple[KernelExperts, ...], residency: Residency
+    ) -> Decoder | None:
+        """Our own layers, if they are of a family we know and give what transformers' give."""
+        if not all(recognized(model) for model in skeletons.models):
+            return None
+        decoder = Decoder(skeletons, layers, residency.rows)
+        variants = range(len(self.artifact.variants)) if residency.mode == "mixed" else [0]
+        caches = [KVCache(len(variants), BLOCK_TOKENS) for _ in range(2)]
+        theirs = PagedRunner(residency, caches[0], self.device)
+        ours = FusedRunner(
+            decoder,
+            residency,
+            caches[1],
+            self.device,
+            max_seqs=len(variants),
+            max_rows=len(variants) * _PROBE_TOKENS,
+            max_blocks=1,
+        )
+        errors = []
+        for length in range(1, _PROBE_TOKENS + 1):
+            parts = [Part(v, list(range(length)), 0, [v], True) for v in variants]
+            expected, found = theirs.run(parts).double(), ours.run(parts).double()
+            errors += ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).tolist()
+        if not median(errors) <= _AGREEMENT:
+            self.note(f"our layers differ from transformers' by {median(errors):.2g}: not used")
+            return None
+        return decoder
+
+    def _runner(
+        self,
+        decoder: Decoder | None,
+        residency: Residency,
+        cache: KVCache,
+        variants: list[Variant],
+    ) -> PagedRunner | FusedRunner:
+        if decoder is None:
+            return PagedRunner(residency, cache, self.device)
+        longest = max(v.max_model_len for v in variants)
+        runner = FusedRunner(
+            decoder,
+            residency,
+            cache,
+            self.device,
+            max_seqs=self.options.max_num_seqs,
+            max_rows=max(self.options.max_batch_tokens, self.options.max_num_seqs),
+            max_blocks=-(-longest // BLOCK_TOKENS) + 1,
+        )
+        if self.device.type == "cuda":
+            runner.capture(lambda done, of: self.on_progress("CUDA graphs", done, of))
+        return runner
 
     def _cache(self, probed: KVCache, variants: list[Variant]) -> tuple[KVCache, list[Variant]]:
         """The cache as large as allowed, and the lengths that fit in it."""

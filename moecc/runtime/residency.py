@@ -30,6 +30,13 @@ class Residency(Protocol):
     def nbytes(self) -> int:
         """Bytes of rows on the device."""
 
+    @property
+    def rows(self) -> Tensor:
+        """The rows on the device, uint8 [rows, bytes]."""
+
+    def row(self, variant: int) -> int:
+        """Which of them an active variant has."""
+
     def activate(self, variant: int) -> Any:
         """The model to run for a variant; its work may be queued on the current stream."""
 
@@ -49,7 +56,7 @@ class Resident:
     mode = "resident"
 
     def __init__(self, skeletons: Skeletons, rows: Tensor) -> None:
-        self._rows = rows
+        self.rows = rows
         self._models = skeletons.models
         for model, row in zip(self._models, rows, strict=True):
             binding = Binding(model, skeletons.layout, skeletons.tied)
@@ -57,7 +64,10 @@ class Resident:
 
     @property
     def nbytes(self) -> int:
-        return self._rows.nbytes
+        return self.rows.nbytes
+
+    def row(self, variant: int) -> int:
+        return variant
 
     def activate(self, variant: int) -> Any:
         return self._models[variant]
@@ -85,8 +95,8 @@ class Swap:
         self._host = host
         self._models = skeletons.models
         self._bindings = [Binding(m, skeletons.layout, skeletons.tied) for m in self._models]
-        self._buffers = torch.empty(SWAP_ROWS, host.shape[1], dtype=torch.uint8, device=device)
-        self._views = [_parameters(skeletons.layout.views(row)) for row in self._buffers]
+        self.rows = torch.empty(SWAP_ROWS, host.shape[1], dtype=torch.uint8, device=device)
+        self._views = [_parameters(skeletons.layout.views(row)) for row in self.rows]
         self._held: list[int | None] = [None] * SWAP_ROWS
         self._active = 0
         self._bound: list[int | None] = [None] * len(self._models)
@@ -97,14 +107,17 @@ class Swap:
 
     @property
     def nbytes(self) -> int:
-        return self._buffers.nbytes
+        return self.rows.nbytes
+
+    def row(self, variant: int) -> int:
+        return self._held.index(variant)
 
     def activate(self, variant: int) -> Any:
         self.prefetch(variant)
         self._active = self._held.index(variant)
         if self._stream is not None:  # not for the whole stream: the next variant may be on its way
             event = self._arrived[self._active]
-            torch.cuda.current_stream(self._buffers.device).wait_event(event)
+            torch.cuda.current_stream(self.rows.device).wait_event(event)
         if self._bound[variant] != self._active:
             self._bindings[variant].bind(self._views[self._active])
             self._bound[variant] = self._active
@@ -116,12 +129,12 @@ class Swap:
         spare = 1 - self._active
         self._held[spare] = variant
         if self._stream is None:
-            self._buffers[spare].copy_(self._host[variant])
+            self.rows[spare].copy_(self._host[variant])
             return
         # What the spare row last served may still be running.
-        self._stream.wait_stream(torch.cuda.current_stream(self._buffers.device))
+        self._stream.wait_stream(torch.cuda.current_stream(self.rows.device))
         with torch.cuda.stream(self._stream):
-            self._buffers[spare].copy_(self._host[variant], non_blocking=True)
+            self.rows[spare].copy_(self._host[variant], non_blocking=True)
             self._arrived[spare] = self._stream.record_event()
 
     def wait(self) -> None:
@@ -138,7 +151,7 @@ class Mixed:
     mode = "mixed"
 
     def __init__(self, skeletons: Skeletons, rows: Tensor) -> None:
-        self._rows = rows
+        self.rows = rows
         self._model = skeletons.models[0]
         layout = skeletons.layout
         same = shared(rows, layout)
@@ -151,7 +164,10 @@ class Mixed:
 
     @property
     def nbytes(self) -> int:
-        return self._rows.nbytes
+        return self.rows.nbytes
+
+    def row(self, variant: int) -> int:
+        return variant
 
     def activate(self, variant: int) -> Any:
         return self._model

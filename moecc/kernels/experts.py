@@ -1,0 +1,261 @@
+"""The experts of a layer, each read once for all tokens of the batch that are routed to it.
+
+A projection is a sum of terms: a center that many experts share, and residuals. A term is a pool of
+stored matrices and a table that says which of them, if any, each physical expert has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moecc.kernels import packed
+from moecc.kernels.align import align
+from moecc.kernels.device import on_gpu
+from moecc.kernels.norm import Norm, rms_norm
+from moecc.kernels.packed import ACTIVATIONS, Digits, PackedSlots
+from moecc.lowrank import expand
+
+# Up to so many routes each reads packed weights by itself.
+_DIRECT_ROUTES = 8
+_LEAST_BLOCK, _MOST_BLOCK = 4, 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """`slots` int32 [physical], negative where an expert has nothing of `stored`: matrices
+    [slots, out, in], packed ones, or two factors [slots, out, rank] and [slots, rank, in].
+    """
+
+    slots: Tensor
+    stored: Tensor | PackedSlots | tuple[Tensor, Tensor]
+
+    @property
+    def count(self) -> int:
+        """How many slots there are."""
+        stored = self.stored
+        if isinstance(stored, PackedSlots):
+            return len(stored.scales)
+        return len(stored[0]) if isinstance(stored, tuple) else len(stored)
+
+    @property
+    def nbytes(self) -> int:
+        if isinstance(self.stored, tuple):
+            return sum(factor.nbytes for factor in self.stored)
+        return self.stored.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """One linear layer of every physical expert; `bias` [physical, out]."""
+
+    terms: tuple[Term, ...]
+    out_features: int
+    bias: Tensor | None = None
+
+    @property
+    def plain(self) -> Tensor | None:
+        """The matrices [slots, out, in], where there is nothing else."""
+        stored = self.terms[0].stored
+        return stored if len(self.terms) == 1 and isinstance(stored, Tensor) else None
+
+    @property
+    def packed(self) -> bool:
+        """Whether all of it is packed."""
+        return all(isinstance(term.stored, PackedSlots) for term in self.terms)
+
+
+def experts(
+    x: Tensor,
+    physical: Tensor,
+    routing: Tensor,
+    first: Projection,
+    down: Projection,
+    activation: str,
+    *,
+    norm: Norm | None = None,
+    variants: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of each token's experts, after a norm of `x`, plus a residual: [T, H].
+
+    `x` [T, H]; `physical` int32 [T, k], negative where a route is none; `routing` [T, k]. `first`
+    has rows [gate; up]; `activation` is one of `packed.ACTIVATIONS`. `variants` int32 [T] are the
+    norm's rows.
+    """
+    if not on_gpu(x):
+        x = x if norm is None else rms_norm(x, norm, variants)
+        hidden = project(x, physical, first)
+        gate, up = hidden.chunk(2, -1)
+        inner = ACTIVATIONS[activation](gate) * up
+        out = project(inner, physical.view(-1, 1), down).view(*physical.shape, -1)
+        kept = out.float().masked_fill(physical[..., None] < 0, 0.0)
+        summed = (kept * routing[..., None]).sum(1).to(x.dtype)
+        return summed if residual is None else residual + summed
+    if first.plain is not None and down.plain is not None:
+        return _plain(x, physical, routing, first, down, activation, norm, variants, residual)
+    if norm is not None:
+        x = rms_norm(x, norm, variants)
+    partials = _partials(x, physical, first)
+    if down.packed and first.bias is None:
+        digits = packed.gated_digits(partials, activation, x.dtype)
+        partials = _partials(None, physical.view(-1, 1), down, digits)
+    else:
+        gate, up = _summed(partials, first, physical, x.dtype).chunk(2, -1)
+        acted = ACTIVATIONS[activation](gate) * up
+        partials = _partials(acted, physical.view(-1, 1), down)
+    if down.bias is None:
+        return packed.reduced(partials, routing, residual, x.dtype)
+    from moecc.kernels.gpu.experts import combined
+
+    return combined(partials.sum(0).to(x.dtype), physical, routing, down.bias, residual)
+
+
+def project(x: Tensor, physical: Tensor, projection: Projection) -> Tensor:
+    """Each row of `x` [T, in] through its experts `physical` int32 [T, k]: [T * k, out].
+
+    Negative ones are routes that are none; what their rows hold is not said.
+    """
+    if on_gpu(x):
+        return _summed(_partials(x, physical, projection), projection, physical, x.dtype)
+    routes = physical.reshape(-1)
+    out = x.new_zeros(len(routes), projection.out_features)
+    for expert in sorted(set(routes.tolist()) - {-1}):
+        own = (routes == expert).nonzero()[:, 0]
+        bias = None if projection.bias is None else projection.bias[expert]
+        weight = _matrix(projection, expert).to(x.dtype)
+        out[own] = F.linear(x[own // physical.shape[1]], weight, bias)
+    return out
+
+
+def _matrix(projection: Projection, expert: int) -> Tensor:
+    """A physical expert's weights, the terms added in float32 and rounded to bfloat16."""
+    found = []
+    for term in projection.terms:
+        slot = int(term.slots[expert])
+        if slot < 0:
+            continue
+        if isinstance(term.stored, PackedSlots):
+            found.append(packed.decode(term.stored, term.slots[expert].view(1).long())[0])
+        elif isinstance(term.stored, tuple):
+            found.append(expand(*(t[slot : slot + 1] for t in term.stored))[0])
+        else:
+            found.append(term.stored[slot])
+    return (
+        found[0] if len(found) == 1 else torch.stack([f.float() for f in found]).sum(0).bfloat16()
+    )
+
+
+def _plain(
+    x: Tensor,
+    physical: Tensor,
+    routing: Tensor,
+    first: Projection,
+    down: Projection,
+    activation: str,
+    norm: Norm | None,
+    variants: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    from moecc.kernels.gpu import experts as gpu
+
+    wide, narrow = first.plain, down.plain
+    assert wide is not None and narrow is not None
+    wide_slots, narrow_slots = first.terms[0].slots, down.terms[0].slots
+    if len(x) <= gpu.VECTOR_TOKENS:
+        inner = gpu.gated_vector(
+            x, physical, wide, wide_slots, first.bias, activation, norm, variants
+        )
+        return gpu.down_vector(inner, physical, routing, narrow, narrow_slots, down.bias, residual)
+    if norm is not None:
+        x = rms_norm(x, norm, variants)
+    routes = physical.reshape(-1)
+    tiles = gpu.matrix_tiles(len(routes), len(wide), wide.shape[2], 2)
+    blocks = _blocks(routes, first.terms[0], tiles.m)
+    inner = gpu.gated_matrix(
+        x, physical.shape[1], wide, blocks, physical, first.bias, activation, tiles
+    )
+    before, tiles = tiles, gpu.matrix_tiles(len(routes), len(narrow), narrow.shape[2], 1)
+    if narrow_slots is not wide_slots or tiles.m != before.m:
+        blocks = _blocks(routes, down.terms[0], tiles.m)
+    out = torch.empty(len(routes), narrow.shape[1], dtype=x.dtype, device=x.device)
+    gpu.routed_matrix(inner, 1, narrow, blocks, out, tiles)
+    return gpu.combined(out, physical, routing, down.bias, residual)
+
+
+def _partials(
+    x: Tensor | None, physical: Tensor, projection: Projection, digits: Digits | None = None
+) -> Tensor:
+    """Sums float32 [parts, T * k, out] that add up to a projection of every route.
+
+    `digits` are those of `x`, if they are known; then a projection that is packed needs no `x`.
+    """
+    routes, fan = physical.reshape(-1), physical.shape[1]
+    shape = (len(routes), projection.out_features)
+    if digits is None and any(isinstance(t.stored, PackedSlots) for t in projection.terms):
+        assert x is not None
+        digits = packed.digits(x)
+    terms = [(t.stored, t.slots) for t in projection.terms if isinstance(t.stored, PackedSlots)]
+    if digits is not None and projection.packed and len(routes) <= _DIRECT_ROUTES >= len(terms):
+        parts = len(terms) * packed.splits(terms[0][0], len(terms) * len(routes))
+        out = torch.empty(parts, *shape, device=routes.device)
+        packed.direct(digits, terms, routes, fan, out)
+        return out
+    splits = [_splits(term, len(routes)) for term in projection.terms]
+    out = torch.zeros(sum(splits), *shape, device=routes.device)
+    for term, part in zip(projection.terms, torch.split(out, splits), strict=True):
+        if isinstance(term.stored, PackedSlots):
+            assert digits is not None
+            block = _block(len(routes), term.count)
+            order, owners = _blocks(routes, term, block)
+            packed.blocked(digits, term.stored, order, owners, fan, part)
+        else:
+            assert x is not None
+            _add_plain(x, fan, term, routes, part[0])
+    return out
+
+
+def _add_plain(x: Tensor, fan: int, term: Term, routes: Tensor, out: Tensor) -> None:
+    """Writes the products of 16-bit matrices, or of two factors, to float32 [n, out]."""
+    from moecc.kernels.gpu import experts as gpu
+
+    factors = term.stored[::-1] if isinstance(term.stored, tuple) else (term.stored,)
+    tiles = gpu.matrix_tiles(len(routes), term.count, x.shape[1], 1)
+    blocks = _blocks(routes, term, tiles.m)
+    for factor in factors:
+        assert isinstance(factor, Tensor)
+        last = factor is factors[-1]
+        into = out if last else x.new_empty(len(routes), factor.shape[1])
+        gpu.routed_matrix(x, fan, factor, blocks, into, tiles)
+        x, fan = into, 1
+
+
+def _splits(term: Term, routes: int) -> int:
+    if not isinstance(term.stored, PackedSlots):
+        return 1
+    return packed.splits(term.stored, min(routes, term.count))
+
+
+def _block(routes: int, slots: int) -> int:
+    """Routes in a block of packed products: about as many as share a slot."""
+    shared = -(-routes // min(routes, slots))
+    return min(_MOST_BLOCK, max(_LEAST_BLOCK, 1 << (shared - 1).bit_length()))
+
+
+def _blocks(routes: Tensor, term: Term, block: int) -> tuple[Tensor, Tensor]:
+    """(order, owners) of the routes by their slot."""
+    order, owners = align(routes, term.slots[None], block, term.count)
+    return order[0], owners[0]
+
+
+def _summed(
+    partials: Tensor, projection: Projection, physical: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[T * k, out] of partial sums, with biases."""
+    found = partials.sum(0)
+    if projection.bias is not None:
+        found += projection.bias[physical.reshape(-1).clamp(min=0).long()]
+    return found.to(dtype)

@@ -1,0 +1,1 @@
+"""The Triton kernels themselves, imported only where they run."""

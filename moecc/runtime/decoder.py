@@ -1,0 +1,252 @@
+"""Decoder layers of the families we know, computed by our kernels on all variants' rows at once.
+
+What transformers' modeling code does in some hundred launches a layer is a dozen here. Which
+variant a token is of is data: one forward serves any mix, of resident rows or swapped ones.
+`recognized` says whether a model is of such a family; opening.py holds a decoder against the
+modeling code before it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecc.kernels import attention, rotary
+from moecc.kernels.attention import Tiles
+from moecc.kernels.linear import Rows, linear
+from moecc.kernels.norm import Norm, deferred, rms_norm
+from moecc.kernels.packed import ACTIVATIONS
+from moecc.kernels.router import choose_experts
+from moecc.runtime.attention import KVCache
+from moecc.runtime.experts import REMAP, KernelExperts
+from moecc.runtime.loading import Skeletons
+
+# Pre-norm layers of attention and experts, by the class transformers has for them.
+_LAYERS = {"MixtralDecoderLayer", "Qwen3MoeDecoderLayer", "OlmoeDecoderLayer"}
+# These change their frequencies with the length of what they read.
+_MOVING_ROPES = {"dynamic", "longrope"}
+
+
+@dataclass(eq=False)
+class Tokens:
+    """The tokens of a pass, one a row; rows that are none have variant and slot -1 and length 0.
+
+    All tensors are int32 on the device.
+
+    Attributes:
+        ids, positions: [n].
+        variants: [n], the row of the weights that each computes with.
+        slots: [n], where in the cache its key and value go.
+        sequences: [n], its row of `tables`.
+        lengths: [n], how many keys it sees.
+        outputs: [m], the rows whose logits are wanted.
+        tables: [sequences, blocks], the blocks of the cache of every sequence.
+        tiles: of prompts; None where every row attends on its own.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    variants: Tensor
+    slots: Tensor
+    sequences: Tensor
+    lengths: Tensor
+    outputs: Tensor
+    tables: Tensor
+    tiles: Tiles | None = None
+
+
+def recognized(model: Any) -> bool:
+    """Whether `Decoder` computes this model."""
+    body: Any = getattr(model, "model", None)
+    layers = getattr(body, "layers", ())
+    return (
+        len(layers) > 0
+        and all(type(layer).__name__ in _LAYERS for layer in layers)
+        and all(hasattr(layer.mlp, "experts") for layer in layers)
+        and all(_is_plain(layer.mlp.experts) for layer in layers)
+        and getattr(model.config, "clip_qkv", None) is None
+        and body.rotary_emb.rope_type not in _MOVING_ROPES
+    )
+
+
+def _is_plain(experts: Any) -> bool:
+    known = getattr(experts.config, "hidden_act", None) in ACTIVATIONS
+    return known and experts.has_gate and not experts.has_bias
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    """Weights [variants, ...], views of the rows."""
+
+    index: int
+    input_norm: Norm
+    qkv: tuple[Tensor, ...]
+    qkv_bias: tuple[Tensor, ...] | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    out: Tensor
+    out_bias: tuple[Tensor, ...] | None
+    expert_norm: Norm
+    router: Tensor
+    remap: Tensor
+    top_k: int
+    renormalize: bool
+    activation: str
+    experts: KernelExperts
+
+
+class Decoder:
+    """A model's forward over `rows`, uint8 [variants, bytes] as the skeletons' layout has them."""
+
+    def __init__(self, skeletons: Skeletons, layers: Sequence[KernelExperts], rows: Tensor) -> None:
+        model = skeletons.models[0]
+        views = skeletons.layout.stacked(rows)
+        tied = skeletons.tied
+        weights = {name: views[tied.get(name, name)] for name in [*views, *tied]}
+        config = model.config
+        self._count = len(rows)
+        self._embedding = weights["model.embed_tokens.weight"]
+        self._head = weights["lm_head.weight"]
+        self._norm = Norm(weights["model.norm.weight"], config.rms_norm_eps)
+        self._frequencies = weights["model.rotary_emb.inv_freq"]
+        self._rope_scaling = float(model.model.rotary_emb.attention_scaling)
+        self._layers = [
+            _layer(i, layer, weights, experts)
+            for i, (layer, experts) in enumerate(zip(model.model.layers, layers, strict=True))
+        ]
+        first = model.model.layers[0].self_attn
+        self.heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self._scaling = float(first.scaling)
+        self._dim = int(first.head_dim)
+        self._window: int | None = getattr(config, "sliding_window", None)
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tokens, cache: KVCache, routes: Tensor | None = None) -> Tensor:
+        """Logits [m, vocab] of `tokens.outputs`; keys and values go to the cache.
+
+        `routes` int32 [layers, n, top_k] gets the physical experts of every token.
+        """
+        rows = Rows(tokens.variants, self._count)
+        owners = tokens.variants.clamp(min=0)  # of rows that are none, any
+        hidden = self._embedding[owners, tokens.ids]
+        for layer in self._layers:
+            attended = self._attention(layer, hidden, rows, owners, tokens, cache)
+            hidden = linear(attended, [layer.out], rows, biases=layer.out_bias, residual=hidden)
+            x, norm = deferred(hidden, layer.expert_norm, rows.variants)
+            logits = linear(x, [layer.router], rows, norm=norm)
+            physical, routing = choose_experts(
+                logits, layer.remap, rows.variants, layer.top_k, renormalize=layer.renormalize
+            )
+            if routes is not None:
+                routes[layer.index].copy_(physical)
+            hidden = layer.experts.apply(
+                x,
+                physical,
+                routing,
+                layer.activation,
+                norm=norm,
+                variants=rows.variants,
+                residual=hidden,
+            )
+        last = Rows(tokens.variants.index_select(0, tokens.outputs), self._count)
+        hidden = hidden.index_select(0, tokens.outputs)
+        return linear(hidden, [self._head], last, norm=self._norm)
+
+    def _attention(
+        self,
+        layer: _Layer,
+        hidden: Tensor,
+        rows: Rows,
+        owners: Tensor,
+        tokens: Tokens,
+        cache: KVCache,
+    ) -> Tensor:
+        """What the heads find, [n, heads * dim]."""
+        sizes = [w.shape[1] for w in layer.qkv]
+        qkv = linear(hidden, layer.qkv, rows, biases=layer.qkv_bias, norm=layer.input_norm)
+        q, k, v = torch.split(qkv, sizes, -1)
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        if q_norm is not None and k_norm is not None and q_norm.weight.shape[1] != self._dim:
+            q, k = rms_norm(q, q_norm, rows.variants), rms_norm(k, k_norm, rows.variants)
+            q_norm = k_norm = None
+        shape = (len(hidden), -1, self._dim)
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)
+        keys, values = cache.layer(layer.index, k, v)
+        q = rotary.rotate_and_store(
+            q,
+            k,
+            v,
+            self._frequencies,
+            tokens.positions,
+            tokens.slots,
+            keys,
+            values,
+            rows=owners,
+            q_norm=None if q_norm is None else q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
+            eps=self._norm.eps,
+            attention_scaling=self._rope_scaling,
+        )
+        if tokens.tiles is None:
+            found = attention.attend(
+                q,
+                keys,
+                values,
+                tokens.tables,
+                tokens.sequences,
+                tokens.lengths,
+                block_size=cache.block_size,
+                scaling=self._scaling,
+                window=self._window,
+            )
+        else:
+            found = attention.prefill(
+                q,
+                keys,
+                values,
+                tokens.tables,
+                tokens.tiles,
+                tokens.lengths,
+                block_size=cache.block_size,
+                scaling=self._scaling,
+                window=self._window,
+            )
+        return found.flatten(1)
+
+
+def _layer(
+    index: int, module: Any, weights: Mapping[str, Tensor], experts: KernelExperts
+) -> _Layer:
+    own = f"model.layers.{index}."
+    attn, mlp = module.self_attn, module.mlp
+
+    def norm(name: str, of: Any) -> Norm:
+        return Norm(weights[f"{own}{name}.weight"], of.variance_epsilon)
+
+    def biases(*names: str) -> tuple[Tensor, ...] | None:
+        found = [weights.get(f"{own}self_attn.{name}.bias") for name in names]
+        return None if found[0] is None else tuple(b for b in found if b is not None)
+
+    normed = hasattr(attn, "q_norm")
+    return _Layer(
+        index,
+        input_norm=norm("input_layernorm", module.input_layernorm),
+        qkv=tuple(weights[f"{own}self_attn.{name}_proj.weight"] for name in "qkv"),
+        qkv_bias=biases("q_proj", "k_proj", "v_proj"),
+        q_norm=norm("self_attn.q_norm", attn.q_norm) if normed else None,
+        k_norm=norm("self_attn.k_norm", attn.k_norm) if normed else None,
+        out=weights[f"{own}self_attn.o_proj.weight"],
+        out_bias=biases("o_proj"),
+        expert_norm=norm("post_attention_layernorm", module.post_attention_layernorm),
+        router=weights[f"{own}mlp.gate.weight"],
+        remap=weights[f"{own}mlp.experts.{REMAP}"],
+        top_k=int(mlp.gate.top_k),
+        # Mixtral's routers always do; the others say.
+        renormalize=bool(getattr(mlp.gate, "norm_topk_prob", True)),
+        activation=str(mlp.experts.config.hidden_act),
+        experts=experts,
+    )

@@ -1,0 +1,64 @@
+"""Our own decoder layers against transformers: on the CPU, by the references of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import served
+import torch
+from served import DTYPES, MODES, Built, Passes
+
+from moecc.runtime import loading
+
+FAMILIES = ("mixtral", "qwen3-moe", "olmoe")
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "on_gpu", lambda _: True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    return Passes(monkeypatch)
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens(family: str, dtype: str, mode: str, built: Built, passes: Passes) -> None:
+    served.check_tokens(built, passes, family, mode, dtype, "cpu")
+    assert passes.fused == len(passes.parts) > 0
+
+
+@every_mode
+@pytest.mark.parametrize("name", ["mixtral-window", "mixtral-lossless", "mixtral-ropes"])
+def test_special(name: str, mode: str, built: Built, passes: Passes) -> None:
+    served.check_tokens(built, passes, name, mode, "float32", "cpu")
+    assert passes.fused == len(passes.parts) > 0
+
+
+@pytest.mark.parametrize("policy", ["fifo", "grouped"])
+@pytest.mark.parametrize("mode", ["resident", "swap"])
+def test_alternating(policy: str, mode: str, built: Built, passes: Passes) -> None:
+    served.check_alternating(built, passes, "qwen3-moe", mode, policy, "cpu")
+
+
+@every_mode
+def test_preemption(mode: str, built: Built, passes: Passes) -> None:
+    served.check_preemption(built, passes, "mixtral", mode, "cpu")
