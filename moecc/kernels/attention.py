@@ -70,7 +70,7 @@ def attend(
 
     `sequences` int32 [rows] is the row of `tables` that a query has. A query's keys are shared out
     to at most `splits` programs, a power of two; by default as many as fill the GPU. Calls of one
-    device belong on one stream.
+    device belong on one stream, and one call of a shape before its capture in a graph.
     """
     sinks = _by_row(sinks, q)
     if not on_gpu(q):
@@ -173,7 +173,7 @@ def _attended(
 ) -> Tensor:
     """The reference: the queries of a sequence together, in float32."""
     out = q.new_zeros(*q.shape[:2], cache_v.shape[2])
-    for sequence in sequences.unique().tolist():
+    for sequence in set(sequences.tolist()):
         rows = ((sequences == sequence) & (lengths > 0)).nonzero()[:, 0]
         if not len(rows):
             continue
@@ -202,7 +202,7 @@ def _softmax_of(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None, form: _Form
 ) -> Tensor:
     """q [n, heads, dim], k and v [m, kv_heads, dim], mask [n, m], sinks [n, heads]."""
-    grouped = q.float().unflatten(1, (k.shape[1], -1))
+    grouped = q.float().reshape(len(q), k.shape[1], -1, q.shape[2])
     scores = torch.einsum("nhgd,mhd->nhgm", grouped, k.float()) * form.scaling
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap

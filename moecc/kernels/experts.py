@@ -173,12 +173,12 @@ def _plain(
     if norm is not None:
         x = rms_norm(x, norm, variants)
     routes = physical.reshape(-1)
-    tiles = gpu.matrix_tiles(len(routes), len(wide), wide.shape[2], 2)
+    tiles = gpu.matrix_tiles(len(routes), len(wide), wide.shape[2])
     blocks = _blocks(routes, first.terms[0], tiles.m)
     inner = gpu.gated_matrix(
         x, physical.shape[1], wide, blocks, physical, first.bias, activation, tiles
     )
-    before, tiles = tiles, gpu.matrix_tiles(len(routes), len(narrow), narrow.shape[2], 1)
+    before, tiles = tiles, gpu.matrix_tiles(len(routes), len(narrow), narrow.shape[2])
     if narrow_slots is not wide_slots or tiles.m != before.m:
         blocks = _blocks(routes, down.terms[0], tiles.m)
     out = torch.empty(len(routes), narrow.shape[1], dtype=x.dtype, device=x.device)
@@ -223,7 +223,7 @@ def _add_plain(x: Tensor, fan: int, term: Term, routes: Tensor, out: Tensor) -> 
     from moecc.kernels.gpu import experts as gpu
 
     factors = term.stored[::-1] if isinstance(term.stored, tuple) else (term.stored,)
-    tiles = gpu.matrix_tiles(len(routes), term.count, x.shape[1], 1)
+    tiles = gpu.matrix_tiles(len(routes), term.count, x.shape[1])
     blocks = _blocks(routes, term, tiles.m)
     for factor in factors:
         assert isinstance(factor, Tensor)

@@ -58,7 +58,8 @@ class Digits:
 
     Attributes:
         values: int8 [rows, 2, padded in], high digit first; in the reference float32 [rows, in].
-        scale: float32 [rows]; None in the reference, which keeps the rows as they are.
+        scale: float32 [rows, parts], for as many parts of a row as a product is split into, or
+            one; None in the reference, which keeps the rows as they are.
     """
 
     values: Tensor
@@ -107,29 +108,33 @@ def decode(slots: PackedSlots, index: Tensor) -> Tensor:
     return values.view(len(index), slots.out_features, slots.in_features)
 
 
-def digits(x: Tensor) -> Digits:
-    """Digits of [rows, in]. A row that is not finite makes NaN."""
+def digits(x: Tensor, parts: int = 1) -> Digits:
+    """Digits of [rows, in]. A row that is not finite makes NaN.
+
+    Several parts are quicker for few long rows; then products must be split into as many.
+    """
     if on_gpu(x):
         from moecc.kernels.gpu import packed
 
-        return packed.digits(x)
+        return packed.digits(x, parts)
     return Digits(x.float(), None, x.shape[1])
 
 
-def gated_digits(partials: Tensor, activation: str, dtype: torch.dtype) -> Digits:
+def gated_digits(partials: Tensor, activation: str, dtype: torch.dtype, parts: int = 1) -> Digits:
     """Digits of `activation(gate) * up`, of float32 [parts, rows, 2 * in] whose sum is both.
 
     A row of the sum is its gate, then its up. Rounds to `dtype` where a model in `dtype` does:
     gate, up, activation and their product. Activations: silu, gelu, gelu_pytorch_tanh, relu.
+    Parts are those of `digits`.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, not {activation!r}")
     if on_gpu(partials.new_empty(0, dtype=dtype)):
         from moecc.kernels.gpu import packed
 
-        return packed.gated_digits(partials, activation, dtype)
+        return packed.gated_digits(partials, activation, dtype, parts)
     gate, up = partials.sum(0).to(dtype).chunk(2, dim=-1)
-    return digits(ACTIVATIONS[activation](gate) * up)
+    return digits(ACTIVATIONS[activation](gate) * up, parts)
 
 
 def splits(slots: PackedSlots, blocks: int) -> int:

@@ -115,8 +115,7 @@ class Decoder:
         self._frequencies = weights["model.rotary_emb.inv_freq"]
         self._rope_scaling = float(model.model.rotary_emb.attention_scaling)
         self._layers = [
-            _layer(i, layer, weights, experts)
-            for i, (layer, experts) in enumerate(zip(model.model.layers, layers, strict=True))
+            _layer(i, module, weights, layers[i]) for i, module in enumerate(model.model.layers)
         ]
         first = model.model.layers[0].self_attn
         self.heads = int(config.num_attention_heads), int(config.num_key_value_heads)
@@ -125,11 +124,8 @@ class Decoder:
         self._window: int | None = getattr(config, "sliding_window", None)
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tokens, cache: KVCache, routes: Tensor | None = None) -> Tensor:
-        """Logits [m, vocab] of `tokens.outputs`; keys and values go to the cache.
-
-        `routes` int32 [layers, n, top_k] gets the physical experts of every token.
-        """
+    def __call__(self, tokens: Tokens, cache: KVCache) -> Tensor:
+        """Logits [m, vocab] of `tokens.outputs`; keys and values go to the cache."""
         rows = Rows(tokens.variants, self._count)
         owners = tokens.variants.clamp(min=0)  # of rows that are none, any
         hidden = self._embedding[owners, tokens.ids]
@@ -141,8 +137,6 @@ class Decoder:
             physical, routing = choose_experts(
                 logits, layer.remap, rows.variants, layer.top_k, renormalize=layer.renormalize
             )
-            if routes is not None:
-                routes[layer.index].copy_(physical)
             hidden = layer.experts.apply(
                 x,
                 physical,

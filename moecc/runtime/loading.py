@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,6 +58,19 @@ class Skeletons:
         """Attention as transformers has it, instead of ours over the paged cache."""
         for model in self.models:
             model.set_attn_implementation(self._own_attention)
+
+    @contextmanager
+    def first_layers(self, count: int) -> Iterator[None]:
+        """Inside, the models end after so many layers."""
+        bodies = [model.base_model for model in self.models]
+        layers = [body.layers for body in bodies]
+        for body, own in zip(bodies, layers, strict=True):
+            body.layers = own[:count]
+        try:
+            yield
+        finally:
+            for body, own in zip(bodies, layers, strict=True):
+                body.layers = own
 
     def difference(self) -> str | None:
         """Why one model cannot stand for all: what they compute with besides tensors, if unlike."""

@@ -145,7 +145,8 @@ def _splits(programs: int) -> int:
 def _arrivals(device: torch.device, count: int) -> Tensor:
     """Counters, int32 [count], that every launch finds and leaves at zero.
 
-    Launches must not overlap: all are of one stream, or of graphs replayed on it.
+    Launches must not overlap: all are of one stream, or of graphs replayed on it. What is made
+    while a graph is captured is not zero before its replay: call once before.
     """
     return torch.zeros(count, dtype=torch.int32, device=device)
 
@@ -191,6 +192,7 @@ def _attend(
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(lengths + row)
+    sequence = tl.load(sequences + row).to(tl.int64)
     first = 0 if WINDOW is None else tl.maximum(length - WINDOW, 0)
     span = tl.maximum(tl.cdiv(tl.cdiv(length - first, SPLITS), CHUNK), 1) * CHUNK
     start = first + split * span
@@ -217,7 +219,7 @@ def _attend(
         acc,
         cache_k + kv_head * k_head,
         cache_v + kv_head * v_head,
-        tables + tl.load(sequences + row).to(tl.int64) * table_row,
+        tables + sequence * table_row,
         k_slot,
         v_slot,
         start,

@@ -192,17 +192,19 @@ def combined(
 
 def vector_tiles(width: int) -> Tiles:
     """For a token at a time."""
-    return Tiles(1, 4, min(1024, max(16, triton.next_power_of_2(width))), 4, 1)
+    padded = max(16, triton.next_power_of_2(width))
+    return Tiles(1, 8, 512, 4, 1) if padded > 2048 else Tiles(1, 2, min(1024, padded), 4, 1)
 
 
-def matrix_tiles(routes: int, slots: int, width: int, halves: int) -> Tiles:
-    """For blocks; `halves` is 2 where gate and up are two tiles of one program, else 1."""
+def matrix_tiles(routes: int, slots: int, width: int) -> Tiles:
+    """For blocks of routes."""
     k = min(128, max(16, triton.next_power_of_2(width)))
     shared = routes / max(1, min(slots, routes))
-    if shared > 48:
-        return Tiles(128, 128 // halves, min(k, 64), 8, 3)
-    m = 16 if shared <= 8 else 32 if shared <= 24 else 64
-    return Tiles(m, 64, k, 4, 4 if halves == 1 else 3)
+    if shared > 32:
+        return Tiles(128, 64, min(k, 64), 8, 3)
+    if shared > 6:
+        return Tiles(32, 64, k, 4, 3)
+    return Tiles(16, 32, k, 4, 4)
 
 
 @triton.jit

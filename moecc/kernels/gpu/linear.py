@@ -18,7 +18,8 @@ from moecc.kernels.linear import Rows
 from moecc.kernels.norm import DEFERRED_ROWS, Norm, rms_norm
 
 _MOST_WEIGHTS = 3
-_PROGRAMS = 264  # two a multiprocessor of an H100 or H200
+# A router: so few features that a matrix product would leave the GPU idle.
+_FEW_ROWS, _FEW_FEATURES = 64, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def linear(
     }
     strides = [t.stride(0) for t in (*three, *added)]
     given = residual if residual is not None else out
-    if count <= DEFERRED_ROWS:
+    if count <= DEFERRED_ROWS or (count <= _FEW_ROWS and sum(sizes) <= _FEW_FEATURES):
         tiles = vector_tiles(sum(sizes), width)
         scale = norm.weight if norm is not None else x
         programs = sum(triton.cdiv(size, tiles.n) for size in sizes)
@@ -110,9 +111,8 @@ def linear(
 
 def vector_tiles(features: int, width: int) -> Tiles:
     """For a row at a time."""
-    k = min(1024, max(16, triton.next_power_of_2(width)))
-    n = 4 if features <= 8192 else 8
-    return Tiles(1, n, k, 4, 1)
+    n = 8 if features > 1024 else 4 if features > 64 else 1
+    return Tiles(1, n, min(4096 // n, max(16, triton.next_power_of_2(width))), 4, 1)
 
 
 def matrix_tiles(count: int, features: int, width: int) -> Tiles:
@@ -120,11 +120,11 @@ def matrix_tiles(count: int, features: int, width: int) -> Tiles:
     k = min(128, max(16, triton.next_power_of_2(width)))
     if count > 256:
         return Tiles(128, 128, min(k, 64), 8, 3)
-    m = 16 if count <= 16 else 32 if count <= 64 else 64
-    n = 16
-    while n < 64 and features // (2 * n) >= _PROGRAMS:
-        n *= 2
-    return Tiles(m, n, k, 4, 4)
+    if count <= 16:
+        n = 32 if features >= 4096 else 16
+        return Tiles(16, n, k, 4, 6)
+    n = 64 if features > 4096 else 32 if features > 2048 else 16
+    return Tiles(64, n, k, 4, 4 if n == 64 else 6)
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """Kernels of `moecc.kernels.packed`."""
 
-# Compile-time parameters are in capitals, and what Triton compiles is not typed.
+# Compile-time parameters are in capitals.
 # ruff: noqa: N803, N806
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -22,29 +21,37 @@ if TYPE_CHECKING:
     from moecc.kernels.packed import PackedSlots, Term
 
 _PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
+_PADDING = tl.constexpr(PADDING)
 _LARGEST = tl.constexpr(32639.0)  # of two balanced int8 digits: 127 * 256 + 127
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a product is cut up: out-features of a program, warps, steps in flight, and in-features
-    of a step (at least; a power of two up to PADDING)."""
+    """How a product is cut up.
 
-    rows: int = 128
-    warps: int = 2
-    stages: int = 4
-    step: int = 128
+    `rows` are out-features of a program: 64 for each warp, or scales are loaded late (a thread
+    then has two at least, as a copy that does not wait takes). `stages` are steps in flight and
+    `step` in-features of a step, at least; a power of two up to PADDING.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    step: int
 
 
-def digits(x: Tensor) -> Digits:
+_NARROW = Tiling(128, 2, 4, 128)  # up to 16 tokens
+_WIDE = Tiling(128, 4, 3, 128)  # more, whose sums fill the registers of more warps
+
+
+def digits(x: Tensor, parts: int = 1) -> Digits:
     """See `moecc.kernels.packed.digits`."""
     rows, in_features = x.shape
-    result = _new_digits(x, rows, in_features)
-    size = triton.next_power_of_2(result.values.shape[-1])
-    _digits[(rows,)](
+    result, scale, size = _new_digits(x, rows, in_features, parts)
+    _digits[(rows, parts)](
         x,
         result.values,
-        result.scale,
+        scale,
         x.stride(0),
         in_features,
         result.values.shape[-1],
@@ -54,19 +61,18 @@ def digits(x: Tensor) -> Digits:
     return result
 
 
-def gated_digits(partials: Tensor, activation: str, dtype: torch.dtype) -> Digits:
+def gated_digits(partials: Tensor, activation: str, dtype: torch.dtype, parts: int = 1) -> Digits:
     """See `moecc.kernels.packed.gated_digits`."""
-    parts, rows, both = partials.shape
-    result = _new_digits(partials, rows, both // 2)
-    size = triton.next_power_of_2(result.values.shape[-1])
-    _gated_digits[(rows,)](
+    terms, rows, both = partials.shape
+    result, scale, size = _new_digits(partials, rows, both // 2, parts)
+    _gated_digits[(rows, parts)](
         partials,
         result.values,
-        result.scale,
+        scale,
         rows,
         both // 2,
         result.values.shape[-1],
-        PARTS=parts,
+        TERMS=terms,
         ACTIVATION=activation,
         DTYPE=_DTYPES[dtype],
         SIZE=size,
@@ -84,8 +90,8 @@ def direct(
     tiling: Tiling | None = None,
 ) -> None:
     """See `moecc.kernels.packed.direct`."""
-    splits = _splits(out, len(terms))
-    tiling = tiling or Tiling()
+    splits, scales = _splits(x, out, len(terms))
+    tiling = tiling or _NARROW
     for begin in range(0, len(terms), 2):  # a launch for two, which often are all
         pair = terms[begin : begin + 2]
         (first, table), (second, second_table) = pair[0], pair[-1]
@@ -93,7 +99,7 @@ def direct(
         tiles = triton.cdiv(first.out_features, rows)
         _direct[(len(physical) * tiles, splits, len(pair))](
             x.values,
-            x.scale,
+            scales,
             physical,
             out[begin * splits :],
             table,
@@ -102,6 +108,7 @@ def direct(
             *_tensors(second),
             len(physical),
             k,
+            scales.shape[1],
             x.values.shape[-1],
             first.in_features,
             first.scales.shape[-1],
@@ -125,12 +132,14 @@ def blocked(
     tiling: Tiling | None = None,
 ) -> None:
     """See `moecc.kernels.packed.blocked`."""
-    tiling = tiling or Tiling()
+    block = len(order) // len(owners)
+    tiling = tiling or (_NARROW if block <= 16 else _WIDE)
+    splits, scales = _splits(x, out, 1)
     rows = _rows(slots, tiling)
     blocks = len(owners)
-    _blocked[(blocks * triton.cdiv(slots.out_features, rows), _splits(out, 1))](
+    _blocked[(blocks * triton.cdiv(slots.out_features, rows), splits)](
         x.values,
-        x.scale,
+        scales,
         order,
         owners,
         out,
@@ -138,12 +147,13 @@ def blocked(
         blocks,
         out.shape[1],
         k,
+        scales.shape[1],
         x.values.shape[-1],
         slots.in_features,
         slots.scales.shape[-1],
         slots.out_features,
         CODING=_coding(slots, tiling),
-        BLOCK=len(order) // blocks,
+        BLOCK=block,
         ROWS=rows,
         STAGES=tiling.stages,
         num_warps=tiling.warps,
@@ -177,10 +187,15 @@ def reduced(
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _new_digits(like: Tensor, rows: int, in_features: int) -> Digits:
+def _new_digits(
+    like: Tensor, rows: int, in_features: int, parts: int
+) -> tuple[Digits, Tensor, int]:
+    """Digits to fill, their scales, and a power of two that holds a part."""
     padded = triton.cdiv(in_features, PADDING) * PADDING
     values = like.new_empty(rows, 2, padded, dtype=torch.int8)
-    return Digits(values, like.new_empty(rows, dtype=torch.float32), in_features)
+    scale = like.new_empty(rows, parts, dtype=torch.float32)
+    part = triton.cdiv(padded // PADDING, parts) * PADDING
+    return Digits(values, scale, in_features), scale, triton.next_power_of_2(part)
 
 
 def _warps(size: int) -> int:
@@ -188,11 +203,15 @@ def _warps(size: int) -> int:
     return max(1, min(32, size // 512))
 
 
-def _splits(out: Tensor, terms: int) -> int:
+def _splits(x: Digits, out: Tensor, terms: int) -> tuple[int, Tensor]:
+    """The parts of each term in `out`, and the scales of the digits, which must suit them."""
     splits, rest = divmod(out.shape[0], terms)
     if rest or not splits or not out.is_contiguous():
         raise ValueError(f"out must be contiguous, with parts for {terms} terms: {out.shape}")
-    return splits
+    assert x.scale is not None
+    if x.scale.shape[1] not in (1, splits):
+        raise ValueError(f"digits in {x.scale.shape[1]} parts, for a product in {splits}")
+    return splits, x.scale
 
 
 def _rows(slots: PackedSlots, tiling: Tiling) -> int:
@@ -343,10 +362,8 @@ def _product(
     low_plane += (slot_ * low_blocks * padded_out + start) * 32
     groups = tl.cdiv(in_features, GROUP or 1) if GROUP else 1
     scales += slot_ * groups * padded_out + start
-    steps = tl.cdiv(in_features, STEP)
-    each = tl.cdiv(steps, tl.num_programs(1))
-    first = tl.program_id(1) * each
-    last = tl.minimum(first + each, steps)
+    first = tl.program_id(1) * _part(in_features) // STEP
+    last = tl.minimum(first + _part(in_features) // STEP, tl.cdiv(in_features, STEP))
     last = tl.where(slot < 0, first, last)
 
     result = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -394,7 +411,7 @@ def _product(
         return result * (1 / (1 << (8 - HIGH - LOW)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["routes", "k", "scale_parts"])  # not compiled for each batch
 def _direct(
     x,
     x_scale,
@@ -410,6 +427,7 @@ def _direct(
     second_scales,
     routes,
     k,
+    scale_parts,
     padded_in,
     in_features,
     padded_out,
@@ -439,7 +457,7 @@ def _direct(
             x, columns, second_high, second_low, second_scales, slot, start, in_features,
             padded_out, SECOND, ROWS, 4, STAGES,
         )  # fmt: skip
-    result *= tl.load(x_scale + row)
+    result *= tl.load(x_scale + row * scale_parts + tl.program_id(1) % scale_parts)
     part = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     out += (part * routes + route).to(tl.int64) * out_features
     index = start + tl.arange(0, ROWS)
@@ -448,7 +466,9 @@ def _direct(
     tl.store(out + index[:, None] + token[None, :] * 0, result, mask=kept)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["blocks", "routes", "k", "scale_parts"]
+)  # not compiled for each batch
 def _blocked(
     x,
     x_scale,
@@ -461,6 +481,7 @@ def _blocked(
     blocks,
     routes,
     k,
+    scale_parts,
     padded_in,
     in_features,
     padded_out,
@@ -483,7 +504,8 @@ def _blocked(
         CODING, ROWS, BLOCK, STAGES,
     )  # fmt: skip
     route = tl.load(order + block * BLOCK + tl.arange(0, BLOCK))
-    scale = tl.load(x_scale + tl.maximum(route, 0) // k)
+    row = tl.maximum(route, 0) // k
+    scale = tl.load(x_scale + row * scale_parts + tl.program_id(1) % scale_parts)
     result *= scale[None, :]
     index = start + tl.arange(0, ROWS)
     out += tl.program_id(1).to(tl.int64) * routes * out_features
@@ -499,14 +521,22 @@ def _start(tile, padded_out, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _digits(x, values, scales, stride, in_features, padded_in, SIZE: tl.constexpr):
-    row = tl.program_id(0)
-    index = tl.arange(0, SIZE)
-    row_values = tl.load(x + row.to(tl.int64) * stride + index, mask=index < in_features, other=0)
-    _store_digits(row_values.to(tl.float32), values, scales, row, index, padded_in)
+def _part(in_features):
+    """In-features of each of the programs that share a row."""
+    return tl.cdiv(tl.cdiv(in_features, _PADDING), tl.num_programs(1)) * _PADDING
 
 
 @triton.jit
+def _digits(x, values, scales, stride, in_features, padded_in, SIZE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, SIZE)
+    index = tl.program_id(1) * _part(in_features) + place
+    inside = (place < _part(in_features)) & (index < in_features)
+    row_values = tl.load(x + row * stride + index, mask=inside, other=0)
+    _store_digits(row_values.to(tl.float32), values, scales, row, in_features, padded_in, SIZE)
+
+
+@triton.jit(do_not_specialize=["rows"])  # not compiled for each batch
 def _gated_digits(
     partials,
     values,
@@ -514,24 +544,26 @@ def _gated_digits(
     rows,
     in_features,
     padded_in,
-    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DTYPE: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    index = tl.arange(0, SIZE)
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, SIZE)
+    index = tl.program_id(1) * _part(in_features) + place
+    inside = (place < _part(in_features)) & (index < in_features)
     gate = tl.zeros([SIZE], tl.float32)
     up = tl.zeros([SIZE], tl.float32)
-    for part in tl.static_range(PARTS):
-        start = partials + (part * rows + row).to(tl.int64) * 2 * in_features
-        gate += tl.load(start + index, mask=index < in_features, other=0)
-        up += tl.load(start + in_features + index, mask=index < in_features, other=0)
+    for term in tl.static_range(TERMS):
+        start = partials + (term * rows + row) * 2 * in_features
+        gate += tl.load(start + index, mask=inside, other=0)
+        up += tl.load(start + in_features + index, mask=inside, other=0)
     gate = gate.to(DTYPE).to(tl.float32)
     up = up.to(DTYPE).to(tl.float32)
     active = _activated(gate, ACTIVATION).to(DTYPE).to(tl.float32)
     inner = (active * up).to(DTYPE).to(tl.float32)
-    _store_digits(inner, values, scales, row, index, padded_in)
+    _store_digits(inner, values, scales, row, in_features, padded_in, SIZE)
 
 
 @triton.jit
@@ -549,22 +581,26 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _store_digits(x, values, scales, row, index, padded_in):
-    """Both digits and the scale of a row float32 [SIZE], zero past its end."""
+def _store_digits(x, values, scales, row, in_features, padded_in, SIZE: tl.constexpr):
+    """Both digits and the scale of a part of a row float32 [SIZE], zero past its end."""
     largest = tl.max(tl.abs(x), axis=0)
     scale = tl.div_rn(largest, _LARGEST)
     scale = tl.where(scale > 0, scale, 1.0)
     whole = tl.floor(tl.div_rn(x, scale) + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
     low = whole - high * 256
-    values += row.to(tl.int64) * 2 * padded_in
-    tl.store(values + index, high.to(tl.int8), mask=index < padded_in)
-    tl.store(values + padded_in + index, low.to(tl.int8), mask=index < padded_in)
+    place = tl.arange(0, SIZE)
+    index = tl.program_id(1) * _part(in_features) + place
+    kept = (place < _part(in_features)) & (index < padded_in)
+    values += row * 2 * padded_in
+    tl.store(values + index, high.to(tl.int8), mask=kept)
+    tl.store(values + padded_in + index, low.to(tl.int8), mask=kept)
     # A sum of zeros, or NaN where the row is not finite.
-    tl.store(scales + row, scale + tl.sum(x * 0, axis=0))
+    scale += tl.sum(x * 0, axis=0)
+    tl.store(scales + row * tl.num_programs(1) + tl.program_id(1), scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # not compiled for each batch
 def _reduced(
     partials,
     weights,

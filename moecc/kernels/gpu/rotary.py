@@ -32,7 +32,7 @@ def rotate_and_store(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     side = max(1, min(_ELEMENTS // triton.next_power_of_2(dim), triton.next_power_of_2(heads)))
     q_parts = triton.cdiv(heads, side)
-    _rotate_and_store[(q_parts + triton.cdiv(kv_heads, side), tokens)](
+    _rotate_and_store[(tokens, q_parts + triton.cdiv(kv_heads, side))](
         q,
         k,
         v,
@@ -111,8 +111,8 @@ def _rotate_and_store(
     REST: tl.constexpr,
     DV: tl.constexpr,
 ):
-    part = tl.program_id(0)
-    token = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     position = tl.load(positions + token).to(tl.float32)
     row = token * 0
     if rows is not None:
