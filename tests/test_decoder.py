@@ -9,7 +9,7 @@ import served
 import torch
 from served import DTYPES, MODES, Built, Passes
 
-from moecc.runtime import loading
+from moecc.runtime import fused, loading
 
 FAMILIES = ("mixtral", "qwen3-moe", "olmoe")
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -62,3 +62,12 @@ def test_alternating(policy: str, mode: str, built: Built, passes: Passes) -> No
 @every_mode
 def test_preemption(mode: str, built: Built, passes: Passes) -> None:
     served.check_preemption(built, passes, "mixtral", mode, "cpu")
+
+
+@every_mode
+def test_long_passes(
+    mode: str, built: Built, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts are read in tiles."""
+    monkeypatch.setattr(fused, "SIZES", (4,))
+    served.check_tokens(built, passes, "mixtral", mode, "float32", "cpu")

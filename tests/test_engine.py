@@ -69,7 +69,11 @@ class Letters:
 class Model(PagedRunner):
     """`before` runs at the start of a pass, `after` may change its logits."""
 
+    ahead = False  # as on a GPU: tokens of a pass are not known when the next one starts
+
     def __init__(self) -> None:
+        self.runs_ahead = self.ahead
+        self.last: list[int] = []
         self.memory: dict[tuple[int, int], int] = {}
         self.passes: list[list[tuple[int, int, int]]] = []  # (variant, context, tokens) of parts
         self.before: Callable[[Sequence[Part]], object] = lambda parts: None
@@ -82,11 +86,16 @@ class Model(PagedRunner):
         rows = []
         for part in parts:
             assert part.tokens, "a part without tokens"
-            for at, token in enumerate(part.tokens, part.context):
+            for at, given in enumerate(part.tokens, part.context):
+                assert given >= 0 or self.runs_ahead
+                token = given if given >= 0 else self.last[-1 - given]
                 self.memory[part.blocks[at // BLOCK], at % BLOCK] = token
             if part.logits:
                 rows.append(self._next(part))
         return self.after(parts, torch.stack(rows) if rows else torch.full((1, VOCAB), math.nan))
+
+    def keep(self, tokens: Tensor) -> None:
+        self.last = tokens.tolist()
 
     def _next(self, part: Part) -> Tensor:
         length = part.context + len(part.tokens)
@@ -327,6 +336,11 @@ class Hold:
         if self._model.before == self._before:
             self._model.before = lambda *_: None
         self._go.set()
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["waits", "ahead"])
+def _ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "ahead", request.param)
 
 
 @pytest.fixture

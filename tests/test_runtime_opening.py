@@ -793,7 +793,7 @@ class TestLoad:
         with served(small) as found:
             runner = found.engine._runner
             cache = weakref.ref(runner.cache)  # type: ignore[union-attr]
-            rows = weakref.ref(found.engine._residency._rows)  # type: ignore[attr-defined]
+            rows = weakref.ref(found.engine._residency.rows)  # type: ignore[attr-defined]
             found.generate("a", [5], max_tokens=2)
             del runner
         gc.collect()

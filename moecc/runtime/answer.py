@@ -34,6 +34,7 @@ class Answer:
         self.sequence = sequence
         self.choice = choice
         self.cancelled = False
+        self.scheduled = True  # the scheduler knows of it
         self._deliver = deliver
         self._text = TextStream(tokenizer, sampling.stop) if tokenizer is not None else None
         self._ends = frozenset(sampling.stop_token_ids)
@@ -42,10 +43,13 @@ class Answer:
         self.limit = limit
         self._left = limit
 
+    def ends_after(self, tokens: int) -> bool:
+        """Whether so many more tokens are all there can be."""
+        return self._left <= tokens
+
     def accept(self, token: int, logprob: TokenLogprob | None) -> Output:
-        """Takes the next token; what to deliver of it."""
+        """Takes the next token, which the sequence has already; what to deliver of it."""
         sequence = self.sequence
-        sequence.tokens.append(token)
         if sequence.first_token is None:
             sequence.first_token = time.monotonic()
         self.choice.observe(token)

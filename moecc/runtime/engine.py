@@ -1,4 +1,8 @@
-"""The loop that turns requests into answers: one thread, one forward pass after the other."""
+"""The loop that turns requests into answers: one thread, one forward pass after the other.
+
+On a GPU the next pass is launched before the tokens of the last are known here: the device takes
+them from where it put them. A sequence that has ended by then has run one token too far.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from moecc.runtime.fused import FusedRunner
 from moecc.runtime.paged import PagedRunner, Part
 from moecc.runtime.request import FinishReason, Request, Stats, TokenLogprob
 from moecc.runtime.residency import Residency
-from moecc.runtime.sampling import Choice, LogitsError, check_tokens, choose
+from moecc.runtime.sampling import Choice, Picked, check_tokens, pick
 from moecc.runtime.scheduler import Batch, Scheduler
 from moecc.runtime.sequence import Sequence
 from moecc.runtime.static import StaticRunner
@@ -44,6 +48,25 @@ class Variant:
     ends: frozenset[int]
     vocab: int
     max_model_len: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """A pass whose tokens are not known here yet.
+
+    Attributes:
+        sampled: the answers that get a token, in the order of the rows of `picked`.
+        places: where in its sequence each token goes.
+    """
+
+    batch: Batch
+    sampled: list[Answer]
+    places: list[int]
+    picked: Picked | None
+
+    @property
+    def sequences(self) -> frozenset[Sequence]:
+        return frozenset(piece.sequence for piece in self.batch.pieces)
 
 
 class Engine:
@@ -87,6 +110,7 @@ class Engine:
         self._answers: dict[str, Answer] = {}
         self._of: dict[Sequence, Answer] = {}
         self._in_pass: frozenset[Sequence] = frozenset()
+        self._flight: _Flight | None = None
         self._orders = itertools.count()
         self._changed = threading.Condition()
         self._stopping = False
@@ -199,12 +223,17 @@ class Engine:
                 with self._changed:
                     batch = self._scheduler.next_batch()
                     if batch is not None:
-                        self._in_pass = frozenset(p.sequence for p in batch.pieces)
+                        sequences = frozenset(p.sequence for p in batch.pieces)
+                        self._in_pass |= sequences
                         now = time.monotonic()
-                        for sequence in self._in_pass:
+                        for sequence in sequences:
                             sequence.started = sequence.started or now
-                if batch is not None:
-                    self._run(batch)
+                if self._runner is None:
+                    return
+                if not isinstance(self._runner, StaticRunner):
+                    self._run_passes(self._runner, batch)
+                elif batch is not None:
+                    self._run_static(self._runner, batch)
         except Exception as error:
             self._died = f"the engine has died: {_one_line(error)}"
             self._end_all("error", self._died)
@@ -231,28 +260,44 @@ class Engine:
         """Ends requests whose time is over; those of a static batch that runs end there."""
         with self._changed:
             expired = self._scheduler.expired(time.monotonic())
-            late = [self._of[s] for s in expired if s not in self._in_pass]
+            late = [self._of[s] for s in expired if self._continuous or s not in self._in_pass]
             for answer in late:
                 self._forget(answer)
         for answer in late:
             answer.finish("timeout")
 
-    def _run(self, batch: Batch) -> None:
+    def _run_passes(self, runner: PagedRunner | FusedRunner, batch: Batch | None) -> None:
+        """Launches a pass, then takes in the one before it: or this one too, if it must be."""
+        before = self._flight
+        self._flight, failure = None, None
+        if batch is not None:
+            try:
+                self._flight = self._launch(runner, batch, before)
+            except Exception as error:
+                failure = error
+        if before is not None:
+            self._guarded(before.batch, lambda: self._land(before))
+        if batch is not None and failure is not None:
+            self._fail(batch, failure)
+        flight = self._flight
+        if flight is not None and not self._may_wait(runner, flight):
+            self._flight = None
+            self._guarded(flight.batch, lambda: self._land(flight))
+        with self._changed:
+            self._in_pass = frozenset() if self._flight is None else self._flight.sequences
+
+    def _guarded(self, batch: Batch, work: Callable[[], object]) -> None:
+        """Does some of a batch's work; what fails there ends its requests, but not the engine."""
+        try:
+            work()
+        except Exception as error:
+            self._fail(batch, error)
+
+    def _prepare(self, batch: Batch) -> None:
         self._reconfigure(batch)
         self._batch = self._by_name(Counter())
         for piece in batch.pieces:
             self._batch[self.variants[piece.sequence.variant]] += piece.count
-        try:
-            if isinstance(self._runner, StaticRunner):
-                self._run_static(self._runner, batch)
-            elif self._runner is not None:
-                self._run_pass(self._runner, batch)
-        except Exception as error:
-            if "CUDA error" in str(error):  # the device is lost
-                raise
-            self._fail(batch, _one_line(error))
-        finally:
-            self._in_pass = frozenset()
 
     def _reconfigure(self, batch: Batch) -> None:
         """Activates the batch's variant, tells listeners of a change, and says what comes next."""
@@ -277,7 +322,14 @@ class Engine:
         if upcoming is not None:
             self._residency.prefetch(upcoming)
 
-    def _run_pass(self, runner: PagedRunner | FusedRunner, batch: Batch) -> None:
+    def _launch(
+        self, runner: PagedRunner | FusedRunner, batch: Batch, before: _Flight | None
+    ) -> _Flight:
+        """Starts a pass and books its tokens: till they are known, -1 and less by their rows.
+
+        `before` is the pass that still runs, if one does.
+        """
+        self._prepare(batch)
         parts = [
             Part(
                 p.sequence.variant,
@@ -290,16 +342,41 @@ class Engine:
         ]
         logits = runner.run(parts)
         self._steps += 1
+        unknown = set() if before is None else set(before.sampled)
         sampled = [self._of[p.sequence] for p in batch.pieces if p.samples]
-        chosen = self._choose(logits, sampled) if sampled else []
+        picked = None
+        if sampled:
+            keys = [a.choice.foresee() if a in unknown else a.choice.key for a in sampled]
+            picked = pick(logits, [answer.choice for answer in sampled], keys)
+            if runner.runs_ahead:
+                runner.keep(picked.tokens)
+        places = [len(answer.sequence.tokens) for answer in sampled]
         with self._changed:
             for piece in batch.pieces:
                 piece.sequence.computed += piece.count
-        for answer, found in zip(sampled, chosen, strict=True):
-            self._accept(answer, found)
-        with self._changed:  # from here on `cancel` ends a request itself
-            self._in_pass = frozenset()
-            left = [a for p in batch.pieces if (a := self._of.get(p.sequence)) and a.cancelled]
+            for row, answer in enumerate(sampled):
+                answer.sequence.tokens.append(-1 - row)
+                if answer.ends_after(2 if answer in unknown else 1):
+                    self._scheduler.remove(answer.sequence)
+                    answer.scheduled = False
+        return _Flight(batch, sampled, places, picked)
+
+    def _may_wait(self, runner: PagedRunner | FusedRunner, flight: _Flight) -> bool:
+        """Whether the next pass can be launched before this one's tokens are known."""
+        alive = [answer for answer in flight.sampled if answer.sequence in self._of]
+        return runner.runs_ahead and bool(alive) and all(a.choice.is_free for a in alive)
+
+    def _land(self, flight: _Flight) -> None:
+        """Takes in the tokens of a pass, and ends who was cancelled in the meantime."""
+        found = flight.picked.result() if flight.picked is not None else []
+        for answer, place, chosen in zip(flight.sampled, flight.places, found, strict=True):
+            if answer.sequence in self._of:
+                if chosen is not None:
+                    answer.sequence.tokens[place] = chosen[0]
+                self._accept(answer, chosen)
+        with self._changed:
+            alive = [self._of[s] for s in flight.sequences if s in self._of]
+            left = [answer for answer in alive if answer.cancelled]
             for answer in left:
                 self._forget(answer)
         for answer in left:
@@ -313,17 +390,23 @@ class Engine:
             self._expire()
             self._end_gone(answers)
             live = [answers[row] for row in rows]
+            picked = pick(logits, [a.choice for a in live], [a.choice.key for a in live])
             found: list[tuple[int, bool] | None] = []
-            for answer, chosen in zip(live, self._choose(logits, live), strict=True):
+            for answer, chosen in zip(live, picked.result(), strict=True):
                 if answer.sequence not in self._of:
                     found.append(None)
                     continue
+                if chosen is not None:
+                    answer.sequence.tokens.append(chosen[0])
                 ended = self._accept(answer, chosen)
-                found.append(None if isinstance(chosen, Exception) else (chosen[0], ended))
+                found.append(None if chosen is None else (chosen[0], ended))
             return found
 
         limit = max(a.limit for a in answers)
-        runner.run(answers[0].sequence.variant, [a.sequence.tokens for a in answers], limit, next_)
+        prompts = [a.sequence.tokens for a in answers]
+        self._prepare(batch)
+        self._guarded(batch, lambda: runner.run(answers[0].sequence.variant, prompts, limit, next_))
+        self._in_pass = frozenset()
 
     def _end_gone(self, answers: list[Answer]) -> None:
         """Ends those of a static batch whose client or time is gone, also where they still wait."""
@@ -337,10 +420,10 @@ class Engine:
             elif deadline is not None and now >= deadline:
                 self._end(answer, "timeout")
 
-    def _accept(self, answer: Answer, found: tuple[int, TokenLogprob | None] | Exception) -> bool:
-        """Gives an answer its next token; True if that ended it."""
-        if isinstance(found, Exception):
-            self._end(answer, "error", str(found))
+    def _accept(self, answer: Answer, found: tuple[int, TokenLogprob | None] | None) -> bool:
+        """Gives an answer its next token, if one could be chosen; True if that ended it."""
+        if found is None:
+            self._end(answer, "error", "the model's logits are not finite")
             return True
         self._generated[answer.sequence.request.variant] += 1
         output = answer.accept(*found)
@@ -350,28 +433,14 @@ class Engine:
         answer.deliver(output)
         return output.finish is not None
 
-    def _choose(
-        self, logits: Tensor, answers: list[Answer]
-    ) -> list[tuple[int, TokenLogprob | None] | Exception]:
-        """Every row's token; an error for those whose logits are no numbers."""
-        choices = [answer.choice for answer in answers]
-        try:
-            return [*choose(logits, choices)]
-        except LogitsError as error:
-            bad = set(error.rows)
-        good = [row for row in range(len(answers)) if row not in bad]
-        found: dict[int, tuple[int, TokenLogprob | None]] = {}
-        if good:
-            chosen = choose(logits[good], [choices[row] for row in good])
-            found = dict(zip(good, chosen, strict=True))
-        failure = RuntimeError("the model's logits are not finite")
-        return [found.get(row, failure) for row in range(len(answers))]
-
-    def _fail(self, batch: Batch, error: str) -> None:
+    def _fail(self, batch: Batch, error: Exception) -> None:
+        """Ends the requests of a batch; raises the error if the device is lost."""
+        if "CUDA error" in str(error):
+            raise error
         for piece in batch.pieces:
             answer = self._of.get(piece.sequence)
             if answer is not None:
-                self._end(answer, "error", error)
+                self._end(answer, "error", _one_line(error))
 
     def _end(self, answer: Answer, reason: FinishReason, error: str | None = None) -> None:
         with self._changed:
@@ -389,7 +458,8 @@ class Engine:
             answer.finish(reason, error=error)
 
     def _forget(self, answer: Answer) -> None:
-        self._scheduler.remove(answer.sequence)
+        if answer.scheduled:
+            self._scheduler.remove(answer.sequence)
         del self._answers[answer.sequence.request.id]
         del self._of[answer.sequence]
 

@@ -9,7 +9,7 @@ after the other, which is no slower for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from moecc.kernels.attention import tiles_of
 from moecc.runtime.attention import KVCache
 from moecc.runtime.decoder import Decoder, Tokens
-from moecc.runtime.paged import Part
+from moecc.runtime.paged import Part, known
 from moecc.runtime.residency import Residency
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -61,7 +61,9 @@ class FusedRunner:
         self._array: npt.NDArray[np.int32] = self._host.numpy()
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self._copied: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._last = torch.zeros(max_seqs, dtype=torch.int32, device=device)
         self._graphs: dict[int, _Graph] = {}
+        self.runs_ahead = cuda
 
     def capture(self, on_progress: Callable[[int, int], None]) -> None:
         """Captures the graphs; `on_progress` gets how many of them there are, and how many of all.
@@ -72,11 +74,11 @@ class FusedRunner:
         pool = torch.cuda.graph_pool_handle()
         for done, size in enumerate(reversed(sizes)):  # the largest first: it takes the memory
             tokens = self._fill([], size)
-            self._decoder(tokens, self._cache)  # compiles
+            self._compute(tokens)  # compiles
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits = self._decoder(tokens, self._cache)
+                logits = self._compute(tokens)
             self._graphs[size] = _Graph(graph.replay, logits)
             on_progress(done + 1, len(sizes))
 
@@ -87,12 +89,20 @@ class FusedRunner:
         wanted = sum(part.logits for part in parts)
         size = min((size for size in self._graphs if size >= count), default=None)
         if size is None:
-            logits = self._decoder(self._fill(parts, count), self._cache)
+            logits = self._compute(self._fill(parts, count))
         else:
             self._fill(parts, size)
             self._graphs[size].replay()
             logits = self._graphs[size].logits
         return logits[:wanted]
+
+    def keep(self, tokens: Tensor) -> None:
+        """As `PagedRunner.keep`."""
+        self._last[: len(tokens)].copy_(tokens)
+
+    def _compute(self, tokens: Tokens) -> Tensor:
+        ids = known(tokens.ids, self._last)
+        return self._decoder(replace(tokens, ids=ids), self._cache)
 
     def _outputs(self, size: int) -> int:
         return min(size, self._max_seqs)

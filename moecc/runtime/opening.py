@@ -276,7 +276,7 @@ class _Opening:
             parts = [Part(v, list(range(length)), 0, [v], True) for v in variants]
             expected, found = theirs.run(parts).double(), ours.run(parts).double()
             errors += ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).tolist()
-        return median(errors)
+        return float(median(errors))
 
     def _runner(
         self,

@@ -53,15 +53,27 @@ class Choice:
         self.sampling = sampling
         self._random = random.Random(sampling.seed)
         self.key = self._draw_key()
+        self._foreseen: int | None = None
         repeats = sampling.repetition_penalty != 1.0
         self._penalizes = bool(repeats or sampling.frequency_penalty or sampling.presence_penalty)
         self._place = {t: place for place, t in enumerate(dict.fromkeys(prompt if repeats else ()))}
         self.tokens = array("q", self._place)
         self.counts = array("q", bytes(8 * len(self._place)))
 
+    @property
+    def is_free(self) -> bool:
+        """Whether the next token but one can be chosen without knowing the next."""
+        return not self._penalizes and self.sampling.logprobs is None
+
+    def foresee(self) -> int:
+        """The key that comes after the next `observe`."""
+        if self._foreseen is None:
+            self._foreseen = self._draw_key()
+        return self._foreseen
+
     def observe(self, token: int) -> None:
         """Goes on to the next token after this one was chosen."""
-        self.key = self._draw_key()
+        self.key, self._foreseen = self.foresee(), None
         if self._penalizes:
             place = self._place.setdefault(token, len(self.tokens))
             if place == len(self.tokens):
@@ -85,27 +97,79 @@ def check_tokens(sampling: Sampling, vocab: int) -> None:
                 )
 
 
+class Picked:
+    """Tokens that were chosen on the device, int64 [R], and are on their way to the host."""
+
+    def __init__(
+        self, tokens: Tensor, finite: Tensor, logits: Tensor, choices: Sequence[Choice]
+    ) -> None:
+        self.tokens = tokens
+        self._logits = logits
+        self._choices = choices
+        found = torch.stack((tokens, finite))
+        self._host, self._arrived = found, None
+        if found.is_cuda:
+            self._host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            self._host.copy_(found, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def result(self) -> list[tuple[int, TokenLogprob | None] | None]:
+        """Every row's token, and its log probabilities if asked for; None where there is none.
+
+        Waits for the device.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        chosen, ok = self._host.tolist()
+        logprobs = _logprobs(self._logits, self.tokens, self._choices)
+        return [
+            (token, logprobs.get(row)) if good else None
+            for row, (token, good) in enumerate(zip(chosen, ok, strict=True))
+        ]
+
+
+def pick(logits: Tensor, choices: Sequence[Choice], keys: Sequence[int]) -> Picked:
+    """Chooses the token of every row of floating [R, vocab]; does not wait for the device.
+
+    All tokens of the choices are in the vocabulary. `keys` are the choices', those of now or those
+    foreseen. No token is chosen where logits hold NaN or +inf, or are all -inf.
+    """
+    if all(_is_plain(choice) for choice in choices):
+        tokens = logits.argmax(-1)  # the first of equals
+        return Picked(tokens, logits.gather(-1, tokens[:, None])[:, 0].isfinite(), logits, choices)
+    values = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    _add_bias(values, choices)
+    _penalize(values, choices)
+    finite = values.amax(-1).isfinite()
+    values.masked_fill_(~finite[:, None], 0.0)  # any numbers; they are not used
+    tokens = values.argmax(-1)
+    drawn = [row for row, choice in enumerate(choices) if choice.sampling.temperature >= _GREEDY]
+    if drawn:
+        rows = _tensor(drawn, torch.int64, logits)
+        tokens[rows] = _draw(
+            values[rows], [choices[row] for row in drawn], [keys[row] for row in drawn]
+        )
+    return Picked(tokens, finite, logits, choices)
+
+
 def choose(logits: Tensor, choices: Sequence[Choice]) -> list[tuple[int, TokenLogprob | None]]:
     """The token of every row of floating [R, vocab], and its log probabilities if asked for.
 
     All tokens of the choices are in the vocabulary. Nothing changes before `Choice.observe`.
     Raises LogitsError, naming the rows; the others may then be chosen without them.
     """
-    values = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    _add_bias(values, choices)
-    _penalize(values, choices)
-    finite = values.amax(-1).isfinite()
-    values.masked_fill_(~finite[:, None], 0.0)  # any numbers; they are not used
-    tokens = values.argmax(-1)  # the first of equals
-    drawn = [row for row, choice in enumerate(choices) if choice.sampling.temperature >= _GREEDY]
-    if drawn:
-        rows = _tensor(drawn, torch.int64, logits)
-        tokens[rows] = _draw(values[rows], [choices[row] for row in drawn])
-    chosen, ok = torch.stack((tokens, finite)).tolist()
-    if not all(ok):
-        raise LogitsError(tuple(row for row, good in enumerate(ok) if not good))
-    logprobs = _logprobs(logits, tokens, choices)
-    return [(token, logprobs.get(row)) for row, token in enumerate(chosen)]
+    found = pick(logits, choices, [choice.key for choice in choices]).result()
+    chosen = [entry for entry in found if entry is not None]
+    if len(chosen) < len(found):
+        raise LogitsError(tuple(row for row, entry in enumerate(found) if entry is None))
+    return chosen
+
+
+def _is_plain(choice: Choice) -> bool:
+    """Greedy, by the logits as they are."""
+    sampling = choice.sampling
+    return sampling.temperature < _GREEDY and not sampling.logit_bias and not choice.tokens
 
 
 def _tensor(data: object, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -149,7 +213,7 @@ def _penalize(values: Tensor, choices: Sequence[Choice]) -> None:
     values.view(-1)[index] = new.to(torch.float32)
 
 
-def _draw(values: Tensor, choices: Sequence[Choice]) -> Tensor:
+def _draw(values: Tensor, choices: Sequence[Choice], keys: Sequence[int]) -> Tensor:
     """A token int64 [S] for each row of finite float32 [S, vocab], which it overwrites."""
     samplings = [choice.sampling for choice in choices]
     vocab = values.shape[1]
@@ -165,7 +229,7 @@ def _draw(values: Tensor, choices: Sequence[Choice]) -> Tensor:
         rows = _tensor(cut, torch.int64, values)
         part = values[rows]
         values[rows] = part.masked_fill_(part < _least(part, top_k[rows], top_p[rows]), -math.inf)
-    _add_noise(values, _tensor([[choice.key] for choice in choices], torch.int64, values))
+    _add_noise(values, _tensor([[key] for key in keys], torch.int64, values))
     return values.argmax(-1)  # the first of equals
 
 
