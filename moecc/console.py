@@ -15,14 +15,16 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 LOG_SECONDS = 10.0
-
+COUNTED = {"CUDA graphs"}  # stages whose progress is not in bytes
 Report = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -95,13 +97,26 @@ class Console:
             yield _log_report(self.note)
 
 
+class _Amount(DownloadColumn):
+    """How much is done: bytes, or how many of what is counted."""
+
+    def render(self, task: Task) -> Text:
+        counted = task.description in COUNTED
+        return Text(f"{task.completed:.0f}/{task.total:.0f}") if counted else super().render(task)
+
+
+class _Speed(TransferSpeedColumn):
+    def render(self, task: Task) -> Text:
+        return Text("") if task.description in COUNTED else super().render(task)
+
+
 def _bars(terminal: Terminal) -> Progress:
     return Progress(
         TextColumn("{task.description:<10}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        _Amount(binary_units=True),
+        _Speed(),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=terminal,
     )

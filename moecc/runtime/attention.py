@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moecc.errors import RuntimeUnfitError
+from moecc.kernels import attention as kernels
+from moecc.kernels.device import has_kernels, on_gpu
 from moecc.runtime import step
 
 NAME = "moecc"
@@ -90,6 +92,10 @@ class KVCache:
             self._layers[layer] = (self._pool(keys), self._pool(values))
         return self._layers[layer]
 
+    def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer that was written."""
+        return self._layers[layer]
+
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys and values `[rows, heads, dim]` of the tokens at `slots`, int64 [rows]."""
         for pool, new in zip(self.layer(layer, keys, values), (keys, values), strict=True):
@@ -112,9 +118,24 @@ class Plan:
         self.cache = cache
         self.device = device
         self.writes = torch.cat([self._slots(p)[p.context :] for p in pieces])
+        if has_kernels(device):
+            self._for_kernels()
         decoding = [p for p in pieces if p.stop - p.start == 1]
         self.prefills = [p for p in pieces if p.stop - p.start > 1]
         self.decodes = list(self._decode_groups(decoding))
+
+    def _for_kernels(self) -> None:
+        """What the kernels want to know, all int32: see `kernels.attention`."""
+        longest = max(len(p.blocks) for p in self.pieces)
+        tables = [[*p.blocks, *[0] * (longest - len(p.blocks))] for p in self.pieces]
+        counts = [p.stop - p.start for p in self.pieces]
+        sequences = [i for i, count in enumerate(counts) for _ in range(count)]
+        lengths = [p.context + 1 + i for p in self.pieces for i in range(p.stop - p.start)]
+        self.tables, self.sequences, self.lengths = (
+            torch.tensor(values, dtype=torch.int32, device=self.device)
+            for values in (tables, sequences, lengths)
+        )
+        self.spans = [(p.start, p.stop, i) for i, p in enumerate(self.pieces)]
 
     def _slots(self, piece: Piece) -> Tensor:
         """Where each token of a sequence is in the cache, int64 [length]."""
@@ -237,6 +258,8 @@ def paged_attention(
     q, layer = query[:, :, 0], int(module.layer_idx)
     plan.cache.write(layer, plan.writes, key[:, :, 0], value[:, :, 0])
     sinks = _sinks(s_aux, running.tokens)
+    if on_gpu(q):
+        return _with_kernels(q, plan, layer, form, sinks).unsqueeze(1), None
     out = q.new_empty(*q.shape[:2], value.shape[-1])
     for piece, slots in zip(plan.prefills, plan.prefill_slots, strict=True):
         rows = slice(piece.start, piece.stop)
@@ -265,6 +288,22 @@ def paged_attention(
         )
         out[rows] = attended[:, :, 0]
     return out.unsqueeze(1), None
+
+
+def _with_kernels(q: Tensor, plan: Plan, layer: int, form: _Form, sinks: Tensor | None) -> Tensor:
+    """[rows, heads, dim]; rows of prompts share what they read, where there are many."""
+    keys, values = plan.cache.tensors(layer)
+    options: dict[str, Any] = {
+        "block_size": plan.cache.block_size,
+        "scaling": form.scaling,
+        "window": form.window,
+        "softcap": form.softcap,
+        "sinks": sinks,
+    }
+    if len(q) <= kernels.FEW_ROWS:
+        return kernels.attend(q, keys, values, plan.tables, plan.sequences, plan.lengths, **options)
+    tiles = kernels.tiles_of(plan.spans, q.shape[1], keys.shape[1], q.device)
+    return kernels.prefill(q, keys, values, plan.tables, tiles, plan.lengths, **options)
 
 
 def _mask(positions: Tensor, length: int, form: _Form) -> Tensor:

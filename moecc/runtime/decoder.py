@@ -20,7 +20,7 @@ from moecc.kernels.attention import Tiles
 from moecc.kernels.linear import Rows, linear
 from moecc.kernels.norm import Norm, deferred, rms_norm
 from moecc.kernels.packed import ACTIVATIONS
-from moecc.kernels.router import choose_experts
+from moecc.kernels.router import route
 from moecc.runtime.attention import KVCache
 from moecc.runtime.experts import REMAP, KernelExperts
 from moecc.runtime.loading import Skeletons
@@ -133,9 +133,14 @@ class Decoder:
             attended = self._attention(layer, hidden, rows, owners, tokens, cache)
             hidden = linear(attended, [layer.out], rows, biases=layer.out_bias, residual=hidden)
             x, norm = deferred(hidden, layer.expert_norm, rows.variants)
-            logits = linear(x, [layer.router], rows, norm=norm)
-            physical, routing = choose_experts(
-                logits, layer.remap, rows.variants, layer.top_k, renormalize=layer.renormalize
+            physical, routing = route(
+                x,
+                layer.router,
+                rows,
+                norm,
+                layer.remap,
+                layer.top_k,
+                renormalize=layer.renormalize,
             )
             hidden = layer.experts.apply(
                 x,

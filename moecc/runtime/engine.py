@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moecc.errors import RequestError, StoppedError
 from moecc.runtime.answer import Answer
-from moecc.runtime.interface import Deliver, OnReconfigure
 from moecc.runtime.fused import FusedRunner
+from moecc.runtime.interface import Deliver, OnReconfigure
 from moecc.runtime.paged import PagedRunner, Part
 from moecc.runtime.request import FinishReason, Request, Stats, TokenLogprob
 from moecc.runtime.residency import Residency

@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moecc.kernels.attention import tiles_of
+from moecc.kernels.attention import FEW_ROWS, tiles_of
 from moecc.runtime.attention import KVCache
 from moecc.runtime.decoder import Decoder, Tokens
 from moecc.runtime.paged import Part, known
 from moecc.runtime.residency import Residency
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, FEW_ROWS)
 _FIELDS = ("ids", "positions", "variants", "slots", "sequences", "lengths")
 _NONE = {"variants": -1, "slots": -1}  # of a row that is none; the rest is zero
 
