@@ -24,26 +24,35 @@ def plot(
     from matplotlib import pyplot
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    width = 1.5 + 6.5 * len(panels)
     figure, found = pyplot.subplots(
-        1, len(panels), figsize=(width, 6), layout="constrained", squeeze=False
+        1, len(panels), figsize=(4 + 6 * len(panels), 6), layout="constrained", squeeze=False
     )
+    palette = [pyplot.get_cmap("tab20")(number) for number in range(20)]
     names = list(dict.fromkeys(name for _, lines in panels for name in lines))
-    colors = {name: f"C{number % 10}" for number, name in enumerate(names)}
+    drawn = {}
     for axes, (label, lines) in zip(found[0], panels, strict=True):
         for name, line in lines.items():
             xs, ys = zip(*sorted(line), strict=True)
             style = "--" if name in dashed else "-"
-            axes.plot(xs, ys, style, marker="o", ms=4, color=colors[name], label=name)
+            color = palette[names.index(name) % len(palette)]
+            (drawn[name],) = axes.plot(xs, ys, style, marker="o", ms=4, color=color)
         axes.set(xscale="log", yscale="log", xlabel=x, ylabel=label)
-        ticks = sorted({px for line in lines.values() for px, _ in line})
-        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_major_locator(FixedLocator(_apart(lines)))
         axes.xaxis.set_minor_locator(NullLocator())
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
         axes.grid(alpha=0.3, which="both")
-    found[0][0].legend(fontsize=8)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
+
+
+def _apart(lines: Mapping[str, Line]) -> list[float]:
+    """The xs of all lines, without those whose labels would touch."""
+    kept: list[float] = []
+    for px in sorted({px for line in lines.values() for px, _ in line}):
+        if not kept or px >= 1.25 * kept[-1]:
+            kept.append(px)
+    return kept

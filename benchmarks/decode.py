@@ -179,7 +179,7 @@ def release(device: torch.device) -> None:
 def engine_of(
     artifact: RandomArtifact, options: Options, console: Console
 ) -> Iterator[tuple[Engine, float]]:
-    """An engine, and the seconds it took to start; closed after."""
+    """An engine, and the seconds it took to start; closed after. RuntimeError for another mode."""
     start = time.monotonic()
 
     def note(text: str) -> None:
@@ -188,6 +188,9 @@ def engine_of(
     with random_weights():
         engine = start_engine(artifact, options, on_progress=lambda *_: None, note=note)
     try:
+        if engine.stats().mode != options.mode:
+            raise RuntimeError(f"asked for {options.mode}, served {engine.stats().mode}")
+        note(f"{type(engine._runner).__name__} after {time.monotonic() - start:.0f} s")
         yield engine, time.monotonic() - start
     finally:
         engine.close()
@@ -205,6 +208,7 @@ class Bench:
         self.device = torch.device(args.device)
         self.rows: list[Row] = []
         self.memory: dict[str, dict[str, float]] = {}
+        self.runners: dict[str, str] = {}
         self.expert_bytes = 0
         self.size = 0.0  # in experts of one variant at 16 bits
 
@@ -236,6 +240,7 @@ class Bench:
     def _cases(self, engine: Engine, artifact: RandomArtifact, mode: str, console: Console) -> None:
         memory = engine.stats().memory
         self.memory[mode] = {f"{kind}_gib": n / GIB for kind, n in memory.items()}
+        self.runners[mode] = type(engine._runner).__name__
         self.expert_bytes = memory["experts"]
         self.size = memory["experts"] / artifact.original_bytes
         variants = range(self.args.variants)
@@ -563,6 +568,7 @@ def main() -> None:
             "size": bench.size,
             "quality": quality(coding) if args.variants == 4 else None,
             "memory": bench.memory,
+            "runners": bench.runners,
             "rows": [asdict(row) for row in bench.rows],
         }
         if args.out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -12,13 +13,15 @@ import torch
 from shapes import prompts
 from torch import Tensor
 
-from moecc.runtime import decoder, experts, step
+from moecc.runtime import experts, step
 from moecc.runtime.engine import Engine
+from moecc.runtime.experts import KernelExperts
 from moecc.runtime.fused import FusedRunner
 from moecc.runtime.opening import BLOCK_TOKENS
 from moecc.runtime.paged import Part
 
 REPLAYS = 30
+SETTLED = 0.1  # seconds after its last answer in which an engine's thread becomes idle
 
 
 @contextmanager
@@ -29,6 +32,7 @@ def counting(
 
     `variants` is how many physical experts a logical one has. Passes are run without graphs.
     """
+    time.sleep(SETTLED)
     if isinstance(engine._runner, FusedRunner):
         with _counting_chosen(engine._runner, batch, variants, found):
             yield
@@ -41,19 +45,19 @@ def counting(
 def _counting_chosen(
     runner: FusedRunner, batch: int, variants: int, found: list[tuple[int, int]]
 ) -> Iterator[None]:
-    def choose(logits: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        physical, weights = chosen(logits, *args, **options)
-        if len(logits) == batch:
-            pairs = physical.unique()
+    def apply(layer: KernelExperts, x: Tensor, physical: Tensor, *args: Any, **options: Any) -> Any:
+        if len(physical) == batch:
+            pairs = physical[physical >= 0].unique()
             found.append(((pairs // variants).unique().numel(), pairs.numel()))
-        return physical, weights
+        return applied(layer, x, physical, *args, **options)
 
-    chosen, graphs = decoder.choose_experts, runner._graphs
-    decoder.choose_experts, runner._graphs = choose, {}
+    kernels: Any = KernelExperts
+    applied, graphs = kernels.apply, runner._graphs
+    kernels.apply, runner._graphs = apply, {}
     try:
         yield
     finally:
-        decoder.choose_experts, runner._graphs = chosen, graphs
+        kernels.apply, runner._graphs = applied, graphs
 
 
 @contextmanager
@@ -84,6 +88,7 @@ def bare_step(engine: Engine, assigned: Sequence[int], vocab: int, context: int)
     runner = engine._runner
     if not isinstance(runner, FusedRunner) or not runner._graphs:
         return None
+    time.sleep(SETTLED)
     blocks = context // BLOCK_TOKENS + 1
     asked = prompts(len(assigned), vocab, tokens=context + 1)
     parts = []

@@ -493,7 +493,7 @@ class Figures:
             table.add_row(
                 str(p["variants"]),
                 p["coding"],
-                p["system"] + (" (simulated)" if p["system"] in SIMULATED else ""),
+                p["system"] + _remark(p),
                 f"{p['load']}% of {p['basis']}",
                 p["memory"],
                 f"{p['rate']:.3g}",
@@ -516,6 +516,14 @@ class Figures:
 
 
 _PARTS = ("mean", "p50", "p99")
+OVERLOADED = 0.97  # of the arrivals served in their time: the queue grows without end
+
+
+def _remark(point: Mapping[str, Any]) -> str:
+    if point["system"] not in SIMULATED:
+        return ""
+    overloaded = point["requests_per_second"] < OVERLOADED * point["rate"]
+    return " (simulated, overloaded)" if overloaded else " (simulated)"
 
 
 def show(document: dict[str, Any], out: Path | None) -> None:

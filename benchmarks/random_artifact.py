@@ -23,7 +23,8 @@ import torch
 from shapes import expert_layers
 from torch import Tensor, nn
 
-from moecc.bank import NONE, Pool
+from moecc.bank import CENTER_POOL, CENTER_SLOT, NONE, RESIDUAL_POOL, RESIDUAL_SLOT, Pool
+from moecc.checkpoint import TORCH_DTYPES
 from moecc.coding import Coding
 from moecc.forms import Form
 from moecc.manifest import StoredLayer, variant_file
@@ -94,7 +95,7 @@ class RandomArtifact:
         """Bytes of an expert's `center` or `residual`, all projections of one layer."""
         stored = self.layers[0]
         return sum(
-            loading.TORCH_DTYPES[dtype].itemsize * int(np.prod(shape[1:]))
+            TORCH_DTYPES[dtype].itemsize * int(np.prod(shape[1:]))
             for projection, pools in zip(stored.layer.projections, stored.pools, strict=True)
             for pool in pools
             if pool.role == role
@@ -142,12 +143,12 @@ class RandomArtifact:
     def _remap(self, stored: StoredLayer) -> np.ndarray:
         """int32 `[variants, experts, projections, 4]`: expert e of variant v is center e."""
         variants, experts = len(self.variants), stored.layer.num_experts
-        residuals = NONE, NONE
+        table = np.full((variants, experts, len(stored.pools), 4), NONE, dtype=np.int32)
+        expert = np.arange(experts)[None, :, None]
+        table[..., CENTER_POOL], table[..., CENTER_SLOT] = 0, expert
         if self.has_residuals:
-            residuals = 1, np.arange(experts) * variants + np.arange(variants)[:, None]
-        table = np.empty((variants, experts, len(stored.pools), 4), dtype=np.int32)
-        for column, value in enumerate((0, np.arange(experts), *residuals)):
-            table[..., column] = np.broadcast_to(value, (variants, experts))[..., None]
+            own = expert * variants + np.arange(variants)[:, None, None]
+            table[..., RESIDUAL_POOL], table[..., RESIDUAL_SLOT] = 1, own
         return table
 
 
@@ -165,9 +166,10 @@ def random_weights() -> Iterator[None]:
         fill(tensor)
         return tensor
 
-    kept = loading._read, loading._loaded
-    loading._read, loading._loaded = read, RandomArtifact.own_weights
+    patched: Any = loading
+    kept = patched._read, patched._loaded
+    patched._read, patched._loaded = read, RandomArtifact.own_weights
     try:
         yield
     finally:
-        loading._read, loading._loaded = kept
+        patched._read, patched._loaded = kept

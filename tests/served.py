@@ -556,11 +556,11 @@ def check_logits(built: Built, name: str, dtype: str, device: str = "cpu") -> No
 
 
 def check_preemption(
-    built: Built, passes: Passes, name: str, mode: str, device: str = "cpu"
+    built: Built, passes: Passes, name: str, mode: str, device: str = "cpu", dtype: str = "float32"
 ) -> None:
     """Four blocks of cache: who is preempted is computed again, and answers the same."""
     artifact = built.artifact(name)
-    options = {"mode": mode, "dtype": "float32", "max_model_len": 64}
+    options = {"mode": mode, "dtype": dtype, "max_model_len": 64}
     with serving(artifact, device, **options) as engine:
         stats = engine.stats()
         block = stats.memory["kv"] // stats.kv_blocks_total
@@ -571,17 +571,23 @@ def check_preemption(
         found = ask(engine, *waves)
         assert engine.stats().kv_blocks_used == 0
     requests = [r for wave in waves for r in wave]
-    assert_same(requests, found, built.reference(artifact, "float32", device), 0.98)
+    assert_same(requests, found, built.reference(artifact, dtype, device), _SHARE[dtype])
     assert passes.beginnings > len(requests)
 
 
 def check_alternating(
-    built: Built, passes: Passes, name: str, mode: str, policy: str, device: str = "cpu"
+    built: Built,
+    passes: Passes,
+    name: str,
+    mode: str,
+    policy: str,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> None:
     """Sequences of three variants whose turns pass at every chance, in the middle of answers."""
     artifact = built.artifact(name)
     waves = traffic(VARIANTS, (20, 5), 12)
-    options = {"policy": policy, "dtype": "float32", "max_num_seqs": 16, "max_batch_tokens": 16}
+    options = {"policy": policy, "dtype": dtype, "max_num_seqs": 16, "max_batch_tokens": 16}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PATIENCE, mode, 0.0)
         with serving(artifact, device, mode=mode, **options) as engine:
@@ -589,7 +595,7 @@ def check_alternating(
             found = ask(engine, *waves)
             stats = engine.stats()
     requests = [r for wave in waves for r in wave]
-    assert_same(requests, found, built.reference(artifact, "float32", device), 0.98)
+    assert_same(requests, found, built.reference(artifact, dtype, device), _SHARE[dtype])
     assert sum(stats.reconfigurations.values()) == 1 + passes.turns
     assert passes.turns >= (20 if policy == "grouped" else 5)
 

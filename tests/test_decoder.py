@@ -47,7 +47,9 @@ def test_tokens(family: str, dtype: str, mode: str, built: Built, passes: Passes
 
 
 @every_mode
-@pytest.mark.parametrize("name", ["mixtral-window", "mixtral-lossless", "mixtral-ropes"])
+@pytest.mark.parametrize(
+    "name", ["mixtral-window", "mixtral-lossless", "mixtral-ropes", "qwen3-moe-tied"]
+)
 def test_special(name: str, mode: str, built: Built, passes: Passes) -> None:
     served.check_tokens(built, passes, name, mode, "float32", "cpu")
     assert passes.fused == len(passes.parts) > 0
@@ -71,3 +73,15 @@ def test_long_passes(
     """Prompts are read in tiles."""
     monkeypatch.setattr(fused, "SIZES", (4,))
     served.check_tokens(built, passes, "mixtral", mode, "float32", "cpu")
+
+
+@pytest.mark.parametrize("family", sorted(set(served.DECODERS) - {*FAMILIES, "qwen3-moe-tied"}))
+def test_other_families(family: str, built: Built, passes: Passes) -> None:
+    """Their layers are transformers', with our experts."""
+    served.check_tokens(built, passes, family, "mixed", "float32", "cpu")
+    assert passes.fused == 0
+
+
+@pytest.mark.parametrize("family", ["jamba", "nemotron-h"])
+def test_static(family: str, built: Built, passes: Passes) -> None:
+    served.check_static(built, passes, family, "resident", "float32", "cpu")

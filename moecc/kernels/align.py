@@ -8,7 +8,7 @@ from torch import Tensor
 from moecc.kernels.device import has_kernels
 
 # More are sorted by torch: then there is so much work that some launches do not matter.
-_SMALL = 1024
+_MOST_ITEMS, _MOST_KEYS = 4096, 8192
 
 
 def most_blocks(count: int, block: int, keys: int) -> int:
@@ -20,15 +20,16 @@ def align(ids: Tensor, tables: Tensor, block: int, keys: int) -> tuple[Tensor, T
     """Groups items by key, each group padded to blocks of `block`; once for every table.
 
     Item `i` has the key `tables[g, ids[i]]`; a negative key, or id, leaves it out. `ids` is int32
-    [n] and `tables` int32 [G, any], whose keys are below `keys`. Returns `order` int32 [G, blocks * block], the items (-1: padding), and `owners` int32
-    [G, blocks], each block's key (-1: unused, after all that are used); items of a key are in
-    their order. Nothing here waits for the device.
+    [n] and `tables` int32 [G, any], whose keys are below `keys`. Returns `order` int32
+    [G, blocks * block], the items (-1: padding), and `owners` int32 [G, blocks], each block's key
+    (-1: unused, after all that are used); items of a key are in their order. Nothing here waits
+    for the device.
     """
     blocks = most_blocks(len(ids), block, keys)
-    if has_kernels(ids.device) and len(ids) <= _SMALL:
+    if has_kernels(ids.device) and len(ids) <= _MOST_ITEMS and keys <= _MOST_KEYS:
         from moecc.kernels.gpu.align import align as launch
 
-        return launch(ids, tables, block, blocks)
+        return launch(ids, tables, block, blocks, keys)
     known = ids.clamp(min=0).long()
     found = [_aligned(table[known].where(ids >= 0, -1), block, blocks) for table in tables]
     return torch.stack([order for order, _ in found]), torch.stack([own for _, own in found])

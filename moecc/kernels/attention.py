@@ -21,6 +21,8 @@ from torch import Tensor
 
 from moecc.kernels.device import on_gpu
 
+# Up to so many rows of a pass attend each on its own: tiles of prompts would not fill a GPU.
+FEW_ROWS = 256
 _TILE = 128  # queries of a tile, each of a group's heads counted
 _PROGRAMS = 264  # that fill a GPU twice
 
@@ -70,7 +72,8 @@ def attend(
 
     `sequences` int32 [rows] is the row of `tables` that a query has. A query's keys are shared out
     to at most `splits` programs, a power of two; by default as many as fill the GPU. Calls of one
-    device belong on one stream, and one call of a shape before its capture in a graph.
+    device belong on one stream, and one call of a shape before its capture in a graph. The launch
+    right before a call must not be what writes `sequences` or `lengths`.
     """
     sinks = _by_row(sinks, q)
     if not on_gpu(q):

@@ -37,4 +37,4 @@ def _is_capable(index: int) -> bool:
 
 def _has_compiler() -> bool:
     """Whether Triton finds the C compiler that it builds its launchers with."""
-    return any(which(os.environ.get("CC", name)) for name in ("cc", "gcc", "clang"))
+    return any(which(os.environ.get("CC", name)) for name in ("gcc", "clang"))

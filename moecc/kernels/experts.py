@@ -6,7 +6,7 @@ stored matrices and a table that says which of them, if any, each physical exper
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,22 @@ class Term:
         if isinstance(self.stored, tuple):
             return sum(factor.nbytes for factor in self.stored)
         return self.stored.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sorted:
+    """The routes `physical` int32 [n] of a layer, sorted once for all terms with the same slots."""
+
+    physical: Tensor
+    _found: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def blocks(self, term: Term, block: int) -> tuple[Tensor, Tensor]:
+        """(order, owners) of the routes by their slot."""
+        key = id(term.slots), block
+        if key not in self._found:
+            order, owners = align(self.physical, term.slots[None], block, term.count)
+            self._found[key] = order[0], owners[0]
+        return self._found[key]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,16 +113,21 @@ def experts(
         return summed if residual is None else residual + summed
     if first.plain is not None and down.plain is not None:
         return _plain(x, physical, routing, first, down, activation, norm, variants, residual)
-    if norm is not None:
-        x = rms_norm(x, norm, variants)
-    partials = _partials(x, physical, first)
+    sorted_routes = _Sorted(physical.reshape(-1))
+    if first.packed:
+        digits = packed.digits(x, norm=norm, variants=variants)
+        partials = _partials(None, physical.shape[1], sorted_routes, first, digits)
+    else:
+        x = x if norm is None else rms_norm(x, norm, variants)
+        partials = _partials(x, physical.shape[1], sorted_routes, first)
     if down.packed and first.bias is None:
-        digits = packed.gated_digits(partials, activation, x.dtype)
-        partials = _partials(None, physical.view(-1, 1), down, digits)
+        parts = _direct_splits(down, physical.numel()) or 1
+        digits = packed.gated_digits(partials, activation, x.dtype, parts)
+        partials = _partials(None, 1, sorted_routes, down, digits)
     else:
         gate, up = _summed(partials, first, physical, x.dtype).chunk(2, -1)
         acted = ACTIVATIONS[activation](gate) * up
-        partials = _partials(acted, physical.view(-1, 1), down)
+        partials = _partials(acted, 1, sorted_routes, down)
     if down.bias is None:
         return packed.reduced(partials, routing, residual, x.dtype)
     from moecc.kernels.gpu.experts import combined
@@ -120,7 +141,9 @@ def project(x: Tensor, physical: Tensor, projection: Projection) -> Tensor:
     Negative ones are routes that are none; what their rows hold is not said.
     """
     if on_gpu(x):
-        return _summed(_partials(x, physical, projection), projection, physical, x.dtype)
+        sorted_routes = _Sorted(physical.reshape(-1))
+        partials = _partials(x, physical.shape[1], sorted_routes, projection)
+        return _summed(partials, projection, physical, x.dtype)
     routes = physical.reshape(-1)
     out = x.new_zeros(len(routes), projection.out_features)
     for expert in sorted(set(routes.tolist()) - {-1}):
@@ -163,7 +186,8 @@ def _plain(
     from moecc.kernels.gpu import experts as gpu
 
     wide, narrow = first.plain, down.plain
-    assert wide is not None and narrow is not None
+    assert wide is not None
+    assert narrow is not None
     wide_slots, narrow_slots = first.terms[0].slots, down.terms[0].slots
     if len(x) <= gpu.VECTOR_TOKENS:
         inner = gpu.gated_vector(
@@ -172,36 +196,40 @@ def _plain(
         return gpu.down_vector(inner, physical, routing, narrow, narrow_slots, down.bias, residual)
     if norm is not None:
         x = rms_norm(x, norm, variants)
-    routes = physical.reshape(-1)
-    tiles = gpu.matrix_tiles(len(routes), len(wide), wide.shape[2])
-    blocks = _blocks(routes, first.terms[0], tiles.m)
+    sorted_routes, count = _Sorted(physical.reshape(-1)), physical.numel()
+    tiles = gpu.matrix_tiles(count, len(wide), wide.shape[2])
+    blocks = sorted_routes.blocks(first.terms[0], tiles.m)
     inner = gpu.gated_matrix(
         x, physical.shape[1], wide, blocks, physical, first.bias, activation, tiles
     )
-    before, tiles = tiles, gpu.matrix_tiles(len(routes), len(narrow), narrow.shape[2])
-    if narrow_slots is not wide_slots or tiles.m != before.m:
-        blocks = _blocks(routes, down.terms[0], tiles.m)
-    out = torch.empty(len(routes), narrow.shape[1], dtype=x.dtype, device=x.device)
+    tiles = gpu.matrix_tiles(count, len(narrow), narrow.shape[2])
+    blocks = sorted_routes.blocks(down.terms[0], tiles.m)
+    out = torch.empty(count, narrow.shape[1], dtype=x.dtype, device=x.device)
     gpu.routed_matrix(inner, 1, narrow, blocks, out, tiles)
     return gpu.combined(out, physical, routing, down.bias, residual)
 
 
 def _partials(
-    x: Tensor | None, physical: Tensor, projection: Projection, digits: Digits | None = None
+    x: Tensor | None,
+    fan: int,
+    sorted_routes: _Sorted,
+    projection: Projection,
+    digits: Digits | None = None,
 ) -> Tensor:
-    """Sums float32 [parts, T * k, out] that add up to a projection of every route.
+    """Sums float32 [parts, routes, out] that add up to a projection of every route.
 
-    `digits` are those of `x`, if they are known; then a projection that is packed needs no `x`.
+    Route `r` takes row `r // fan` of `x`. `digits` are those of `x`, if they are known; then a
+    projection that is packed needs no `x`.
     """
-    routes, fan = physical.reshape(-1), physical.shape[1]
+    routes = sorted_routes.physical
     shape = (len(routes), projection.out_features)
     if digits is None and any(isinstance(t.stored, PackedSlots) for t in projection.terms):
         assert x is not None
         digits = packed.digits(x)
-    terms = [(t.stored, t.slots) for t in projection.terms if isinstance(t.stored, PackedSlots)]
-    if digits is not None and projection.packed and len(routes) <= _DIRECT_ROUTES >= len(terms):
-        parts = len(terms) * packed.splits(terms[0][0], len(terms) * len(routes))
-        out = torch.empty(parts, *shape, device=routes.device)
+    direct = _direct_splits(projection, len(routes))
+    if digits is not None and direct is not None:
+        terms = [(t.stored, t.slots) for t in projection.terms if isinstance(t.stored, PackedSlots)]
+        out = torch.empty(len(terms) * direct, *shape, device=routes.device)
         packed.direct(digits, terms, routes, fan, out)
         return out
     splits = [_splits(term, len(routes)) for term in projection.terms]
@@ -209,28 +237,37 @@ def _partials(
     for term, part in zip(projection.terms, torch.split(out, splits), strict=True):
         if isinstance(term.stored, PackedSlots):
             assert digits is not None
-            block = _block(len(routes), term.count)
-            order, owners = _blocks(routes, term, block)
+            order, owners = sorted_routes.blocks(term, _block(len(routes), term.count))
             packed.blocked(digits, term.stored, order, owners, fan, part)
         else:
             assert x is not None
-            _add_plain(x, fan, term, routes, part[0])
+            _add_plain(x, fan, term, sorted_routes, part[0])
     return out
 
 
-def _add_plain(x: Tensor, fan: int, term: Term, routes: Tensor, out: Tensor) -> None:
+def _add_plain(x: Tensor, fan: int, term: Term, sorted_routes: _Sorted, out: Tensor) -> None:
     """Writes the products of 16-bit matrices, or of two factors, to float32 [n, out]."""
     from moecc.kernels.gpu import experts as gpu
 
     factors = term.stored[::-1] if isinstance(term.stored, tuple) else (term.stored,)
-    tiles = gpu.matrix_tiles(len(routes), term.count, x.shape[1])
-    blocks = _blocks(routes, term, tiles.m)
+    tiles = gpu.matrix_tiles(len(out), term.count, x.shape[1])
+    blocks = sorted_routes.blocks(term, tiles.m)
     for factor in factors:
         assert isinstance(factor, Tensor)
         last = factor is factors[-1]
-        into = out if last else x.new_empty(len(routes), factor.shape[1])
+        into = out if last else x.new_empty(len(out), factor.shape[1])
         gpu.routed_matrix(x, fan, factor, blocks, into, tiles)
         x, fan = into, 1
+
+
+def _direct_splits(projection: Projection, routes: int) -> int | None:
+    """Sums a product is split into where every route reads packed weights by itself."""
+    terms = projection.terms
+    if not (projection.packed and routes <= _DIRECT_ROUTES >= len(terms)):
+        return None
+    stored = terms[0].stored
+    assert isinstance(stored, PackedSlots)
+    return packed.splits(stored, len(terms) * routes)
 
 
 def _splits(term: Term, routes: int) -> int:
@@ -243,12 +280,6 @@ def _block(routes: int, slots: int) -> int:
     """Routes in a block of packed products: about as many as share a slot."""
     shared = -(-routes // min(routes, slots))
     return min(_MOST_BLOCK, max(_LEAST_BLOCK, 1 << (shared - 1).bit_length()))
-
-
-def _blocks(routes: Tensor, term: Term, block: int) -> tuple[Tensor, Tensor]:
-    """(order, owners) of the routes by their slot."""
-    order, owners = align(routes, term.slots[None], block, term.count)
-    return order[0], owners[0]
 
 
 def _summed(

@@ -1,4 +1,4 @@
-"""Linear layers whose weights differ by row: each row of a batch meets its own variant's weights."""
+"""Linear layers whose weights differ by row: each row of a batch meets its own variant's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from moecc.kernels.norm import Norm, rms_norm
 class Rows:
     """Which variant each row of a batch is of: `variants` int32 [n], each below `count`.
 
-    A negative one says that the row is none, and that nothing is computed for it. The rows sorted into blocks are made once a pass, for all of its layers.
+    A negative one says that the row is none, and that nothing is computed for it. Kernels read
+    them before the launch right before theirs is done: it must not be what writes them. The rows
+    sorted into blocks are made once a pass, for all of its layers.
     """
 
     variants: Tensor

@@ -32,7 +32,8 @@ def deferred(x: Tensor, norm: Norm, variants: Tensor) -> tuple[Tensor, Norm | No
 def rms_norm(x: Tensor, norm: Norm, variants: Tensor) -> Tensor:
     """`x` [n, H] by its root mean square, times each row's own weights; `variants` int32 [n].
 
-    Rounds as transformers does: once before the weights, once after.
+    Rounds as transformers does: once before the weights, once after. The launch right before this
+    one must not be what writes `variants`.
     """
     if on_gpu(x):
         from moecc.kernels.gpu.norm import rms_norm as launch

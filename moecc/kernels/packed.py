@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moecc.coding import Coding, dequantize, unpack
 from moecc.kernels.device import on_gpu
+from moecc.kernels.norm import Norm, rms_norm
 
 BLOCK = 32  # bytes of a row that are stored together
 PADDING = 256  # digits of a row are padded with zeros to a multiple: the most a block holds
@@ -108,15 +109,21 @@ def decode(slots: PackedSlots, index: Tensor) -> Tensor:
     return values.view(len(index), slots.out_features, slots.in_features)
 
 
-def digits(x: Tensor, parts: int = 1) -> Digits:
-    """Digits of [rows, in]. A row that is not finite makes NaN.
+def digits(
+    x: Tensor, parts: int = 1, *, norm: Norm | None = None, variants: Tensor | None = None
+) -> Digits:
+    """Digits of [rows, in], after a norm with its rows `variants` int32 [rows].
 
-    Several parts are quicker for few long rows; then products must be split into as many.
+    A row that is not finite makes NaN. Several parts are quicker for few long rows; then products
+    must be split into as many, and there is no norm.
     """
+    assert norm is None or (parts == 1 and variants is not None), "a norm is of whole rows"
     if on_gpu(x):
         from moecc.kernels.gpu import packed
 
-        return packed.digits(x, parts)
+        return packed.digits(x, parts, norm, variants)
+    if norm is not None and variants is not None:
+        x = rms_norm(x, norm, variants)
     return Digits(x.float(), None, x.shape[1])
 
 

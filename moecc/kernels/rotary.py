@@ -32,7 +32,8 @@ def rotate_and_store(
     that is negative; both are int32 or int64. `inv_freq` is float32 [R, rotated / 2], where the
     first `rotated` of dim are turned. With `q_norm` and `k_norm` [R, dim] heads are RMS-normed
     first. `rows` int32 or int64 [tokens] says which of the R rows is a token's; without it, the
-    first. Everything is rounded where transformers rounds it.
+    first. Everything is rounded where transformers rounds it. The launch right before this one
+    must not be what writes `positions` or `rows`.
     """
     if not on_gpu(q):
         return _rotate_and_store(

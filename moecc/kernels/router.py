@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moecc.kernels.device import on_gpu
+from moecc.kernels.linear import Rows, linear
+from moecc.kernels.norm import Norm
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    norm: Norm | None,
+    remap: Tensor,
+    count: int,
+    *,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """`choose_experts` by the logits of a router `weight` [variants, E, K], after a norm of `x`.
+
+    `x` [n, K]; logits are rounded to its dtype. Calls of one device belong on one stream, and one
+    call of a shape before its capture in a graph.
+    """
+    if on_gpu(x):
+        from moecc.kernels.gpu import router
+
+        if router.routes(len(x), weight.shape[1], norm):
+            return router.route(x, weight, rows.variants, norm, remap, count, renormalize)
+    logits = linear(x, [weight], rows, norm=norm)
+    return choose_experts(logits, remap, rows.variants, count, renormalize=renormalize)
 
 
 def choose_experts(

@@ -87,7 +87,7 @@ class KVCache:
         return found
 
     def layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer; `keys` and `values` are `[rows, heads, dim]` like them."""
+        """All keys and values of a layer, made to be like these `[rows, heads, dim]`."""
         if layer not in self._layers:
             self._layers[layer] = (self._pool(keys), self._pool(values))
         return self._layers[layer]

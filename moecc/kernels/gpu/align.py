@@ -1,4 +1,4 @@
-"""Items sorted into blocks by one program a table: ranks by comparing all with all."""
+"""Items sorted into blocks: a program places some items, and looks at the keys of all."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COMPARED = 8192  # pairs held in registers at once
+from moecc.kernels.gpu.launch import begin, overlap
+
+_COMPARED = 16384  # pairs of a program
+_MOST_PLACED = 32  # items of a program
 
 
-def align(ids: Tensor, tables: Tensor, block: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """As `kernels.align.align`, for at most 1024 items."""
+def align(ids: Tensor, tables: Tensor, block: int, blocks: int, keys: int) -> tuple[Tensor, Tensor]:
+    """As `kernels.align.align`, for some thousand items and keys."""
     groups, width = tables.shape
     count = len(ids)
     order = torch.empty(groups, blocks * block, dtype=torch.int32, device=ids.device)
     owners = torch.empty(groups, blocks, dtype=torch.int32, device=ids.device)
-    ranks = torch.empty(groups, count, dtype=torch.int32, device=ids.device)
     padded = max(16, triton.next_power_of_2(count))
-    _align[(groups,)](
+    part = min(_MOST_PLACED, padded, max(1, _COMPARED // padded))
+    _align[(triton.cdiv(count, part), groups)](
         ids,
         tables,
-        ranks,
         order,
         owners,
         count,
@@ -29,8 +31,10 @@ def align(ids: Tensor, tables: Tensor, block: int, blocks: int) -> tuple[Tensor,
         blocks,
         BLOCK=block,
         N=padded,
-        CHUNK=max(1, min(padded, _COMPARED // padded)),
+        PART=part,
+        KEYS=max(16, triton.next_power_of_2(keys)),
         num_warps=4,
+        **overlap(ids.device),
     )
     return order, owners
 
@@ -45,7 +49,6 @@ def _keys(ids, tables, items, count):
 def _align(
     ids,
     tables,
-    ranks,
     order,
     owners,
     count,
@@ -53,31 +56,39 @@ def _align(
     blocks,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PART: tl.constexpr,
+    KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    group = tl.program_id(0)
+    begin(OVERLAP)
+    group = tl.program_id(1)
     tables += group * width
-    ranks += group * count
     order += group * blocks * BLOCK
     owners += group * blocks
     j = tl.arange(0, N)
     keys = _keys(ids, tables, j, count)
-    for start in range(0, blocks * BLOCK, N):
-        tl.store(order + start + j, -1, mask=start + j < blocks * BLOCK)
-        tl.store(owners + start + j, -1, mask=start + j < blocks)
-    for start in range(0, count, CHUNK):
-        i = start + tl.arange(0, CHUNK)
-        mine = _keys(ids, tables, i, count)
-        same = (mine[:, None] == keys[None, :]) & (j[None, :] < i[:, None])
-        tl.store(ranks + i, tl.sum(same.to(tl.int32), 1), mask=i < count)
-    tl.debug_barrier()
-    rank = tl.load(ranks + j, mask=j < count, other=1)
-    begins = (rank % BLOCK == 0) & (keys >= 0)
-    for start in range(0, count, CHUNK):
-        i = start + tl.arange(0, CHUNK)
-        mine = _keys(ids, tables, i, count)
-        own = tl.load(ranks + i, mask=i < count, other=0)
-        before = begins[None, :] & (keys[None, :] < mine[:, None])
-        place = tl.sum(before.to(tl.int32), 1) + own // BLOCK
-        tl.store(order + place * BLOCK + own % BLOCK, i, mask=mine >= 0)
-        tl.store(owners + place, mine, mask=(mine >= 0) & (own % BLOCK == 0))
+    i = tl.program_id(0) * PART + tl.arange(0, PART)
+    mine = _keys(ids, tables, i, count)
+    kept = mine >= 0
+    # Every program counts all items: that is quicker than to wait for each other.
+    counts = tl.histogram(tl.maximum(keys, 0), KEYS, mask=keys >= 0)
+    filled = (counts + BLOCK - 1) // BLOCK
+    first = tl.gather(tl.cumsum(filled, 0) - filled, tl.maximum(mine, 0), 0)
+    of_key = tl.gather(counts, tl.maximum(mine, 0), 0)
+    same = (mine[None, :] == keys[:, None]) & (j[:, None] < i[None, :])
+    rank = tl.sum(same.to(tl.int32), 0)
+    block = first + rank // BLOCK
+    column = rank % BLOCK
+    tl.store(owners + block, mine, mask=kept & (column == 0))
+    tl.store(order + block * BLOCK + column, i, mask=kept)
+    # The last of a key pads its block; blocks of no key are shared out.
+    columns = tl.arange(0, BLOCK)[None, :]
+    last = kept & (rank == of_key - 1)
+    places = order + block[:, None] * BLOCK + columns
+    tl.store(places, -1, mask=last[:, None] & (columns > column[:, None]))
+    used = tl.sum(filled, 0)
+    for start in range(used + tl.program_id(0) * PART, blocks, tl.num_programs(0) * PART):
+        unused = start + tl.arange(0, PART)
+        tl.store(owners + unused, -1, mask=unused < blocks)
+        places = order + unused[:, None] * BLOCK + columns
+        tl.store(places, tl.full([PART, BLOCK], -1, tl.int32), mask=(unused < blocks)[:, None])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from moecc.kernels.gpu.launch import begin, counters, let_next_begin, overlap, wait
 
 _PROGRAMS = 264  # two waves over an H100 or H200
 _MOST_SPLITS = 32
@@ -40,7 +40,7 @@ def attend(
     if splits > 1:
         partial = q.new_empty(rows, kv_heads, splits, group, dim_v, dtype=torch.float32)
         lses = q.new_empty(rows, kv_heads, splits, group, dtype=torch.float32)
-        arrivals = _arrivals(q.device, max(1024, triton.next_power_of_2(rows * kv_heads)))
+        arrivals = counters(q.device, max(1024, triton.next_power_of_2(rows * kv_heads)))
     padded = triton.next_power_of_2(max(dim, dim_v))
     chunk = 64 if padded <= 128 else 32 if padded <= 256 else 16
     merged = max(1, _MERGED // (triton.next_power_of_2(group) * triton.next_power_of_2(dim_v)))
@@ -78,6 +78,7 @@ def attend(
         MERGED=min(merged, splits),
         num_warps=4,
         num_stages=3,
+        **overlap(q.device),
     )
     return out
 
@@ -131,6 +132,7 @@ def prefill(
         CHUNK=64 if widest <= 256 else 16,
         num_warps=8 if height >= 128 else 4,
         num_stages=3 if widest <= 128 else 2,
+        **overlap(q.device),
     )
     return out
 
@@ -139,16 +141,6 @@ def _splits(programs: int) -> int:
     """How many programs share a query: a power of two that about fills the GPU."""
     wanted = max(1, min(_MOST_SPLITS, _PROGRAMS // max(1, programs)))
     return 1 << (wanted.bit_length() - 1)
-
-
-@cache
-def _arrivals(device: torch.device, count: int) -> Tensor:
-    """Counters, int32 [count], that every launch finds and leaves at zero.
-
-    Launches must not overlap: all are of one stream, or of graphs replayed on it. What is made
-    while a graph is captured is not zero before its replay: call once before.
-    """
-    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -187,12 +179,15 @@ def _attend(
     SPLITS: tl.constexpr,
     MERGED_HEADS: tl.constexpr,
     MERGED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_begin(OVERLAP)
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    length = tl.load(lengths + row)
+    length = tl.load(lengths + row)  # settled, as is the next
     sequence = tl.load(sequences + row).to(tl.int64)
+    wait(OVERLAP)
     first = 0 if WINDOW is None else tl.maximum(length - WINDOW, 0)
     span = tl.maximum(tl.cdiv(tl.cdiv(length - first, SPLITS), CHUNK), 1) * CHUNK
     start = first + split * span
@@ -354,7 +349,9 @@ def _prefill(
     D: tl.constexpr,
     DV: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     kv_head = tl.program_id(0)
     # The last tiles of a prompt see the most keys: they begin first.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)

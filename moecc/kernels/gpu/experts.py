@@ -11,11 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moecc.kernels.gpu.launch import begin, let_next_begin, overlap, wait
 from moecc.kernels.gpu.linear import Tiles
 from moecc.kernels.norm import Norm
 
 # Up to so many tokens each reads its experts by itself: few of them share one.
 VECTOR_TOKENS = 2
+_DOWN = 16384  # weights that a program of the down projection loads at once
+_COMBINED = 2048  # values that a program adds up
 
 
 def gated_vector(
@@ -55,6 +58,7 @@ def gated_vector(
         BN=tiles.n,
         BK=tiles.k,
         num_warps=tiles.warps,
+        **overlap(x.device),
     )
     return out
 
@@ -68,11 +72,14 @@ def down_vector(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """[T, H]: the routes of a token through `weights` [slots, H, I], weighted and summed."""
+    """[T, H]: the routes of a token through `weights` [slots, H, I], weighted and summed.
+
+    Belongs right after the `gated_vector` of the same routes, which lets it read them early.
+    """
     tokens, fan = physical.shape
     features, width = weights.shape[1:]
     out = torch.empty(tokens, features, dtype=inner.dtype, device=inner.device)
-    tiles = vector_tiles(width)
+    tiles = down_tiles(width, fan)
     _down_vector[(triton.cdiv(features, tiles.n), tokens)](
         inner,
         weights,
@@ -85,11 +92,13 @@ def down_vector(
         K=width,
         N=features,
         FAN=fan,
+        PLACES=triton.next_power_of_2(fan),
         BIASED=bias is not None,
         ADDS=residual is not None,
         BN=tiles.n,
         BK=tiles.k,
         num_warps=tiles.warps,
+        **overlap(inner.device),
     )
     return out
 
@@ -127,6 +136,7 @@ def gated_matrix(
         BK=tiles.k,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **overlap(x.device),
     )
     return out
 
@@ -158,6 +168,7 @@ def routed_matrix(
         BK=tiles.k,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **overlap(x.device),
     )
 
 
@@ -172,7 +183,8 @@ def combined(
     tokens, fan = physical.shape
     features = routes.shape[1]
     out = torch.empty(tokens, features, dtype=routes.dtype, device=routes.device)
-    block = min(1024, triton.next_power_of_2(features))
+    places = triton.next_power_of_2(fan)
+    block = min(max(64, _COMBINED // places), triton.next_power_of_2(features))
     _combined[(tokens, triton.cdiv(features, block))](
         routes,
         physical,
@@ -182,18 +194,28 @@ def combined(
         out,
         N=features,
         FAN=fan,
+        PLACES=places,
         BIASED=bias is not None,
         ADDS=residual is not None,
         BLOCK=block,
         num_warps=4,
+        **overlap(routes.device),
     )
     return out
 
 
 def vector_tiles(width: int) -> Tiles:
-    """For a token at a time."""
-    padded = max(16, triton.next_power_of_2(width))
-    return Tiles(1, 8, 512, 4, 1) if padded > 2048 else Tiles(1, 2, min(1024, padded), 4, 1)
+    """For gate and up of a route: all of a program's weights are on their way at once."""
+    k = min(4096, max(16, triton.next_power_of_2(width)))
+    return Tiles(1, 2 if width > k else 4, k, max(1, k // 512), 1)
+
+
+def down_tiles(width: int, fan: int) -> Tiles:
+    """For the routes of a token together."""
+    k = min(2048, max(16, triton.next_power_of_2(width)))
+    n = _DOWN // (k * triton.next_power_of_2(fan))
+    n = n // 2 if width > k else n  # then their sums stay beside them
+    return Tiles(1, max(1, min(16, n)), k, 8, 1)
 
 
 def matrix_tiles(routes: int, slots: int, width: int) -> Tiles:
@@ -245,7 +267,10 @@ def _gated_vector(
     NORMED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
+    let_next_begin(OVERLAP)  # only now: the next reads `physical` before it waits
     route = tl.program_id(1).to(tl.int64)
     expert = tl.load(physical + route)
     if expert < 0:
@@ -260,16 +285,16 @@ def _gated_vector(
     gate = tl.zeros([BN, BK], tl.float32)
     up = tl.zeros([BN, BK], tl.float32)
     square = tl.zeros([BK], tl.float32)
-    for begin in range(0, K, BK):
-        inside = begin + k < K
-        values = tl.load(x + row * x_stride + begin + k, mask=inside, other=0.0).to(tl.float32)
+    for start in tl.static_range(0, K, BK):
+        inside = start + k < K
+        both = held[:, None] & inside[None, :]
+        first = tl.load(lines + (start + k)[None, :], mask=both, other=0.0)
+        second = tl.load(lines + I * K + (start + k)[None, :], mask=both, other=0.0)
+        values = tl.load(x + row * x_stride + start + k, mask=inside, other=0.0).to(tl.float32)
         if NORMED:
             square += values * values
-            own = tl.load(scale + variant * scale_stride + begin + k, mask=inside, other=0.0)
+            own = tl.load(scale + variant * scale_stride + start + k, mask=inside, other=0.0)
             values *= own.to(tl.float32)
-        both = held[:, None] & inside[None, :]
-        first = tl.load(lines + (begin + k)[None, :], mask=both, other=0.0)
-        second = tl.load(lines + I * K + (begin + k)[None, :], mask=both, other=0.0)
         gate += first.to(tl.float32) * values[None, :]
         up += second.to(tl.float32) * values[None, :]
     gates = tl.sum(gate, 1)
@@ -300,35 +325,49 @@ def _down_vector(
     K: tl.constexpr,
     N: tl.constexpr,
     FAN: tl.constexpr,
+    PLACES: tl.constexpr,
     BIASED: tl.constexpr,
     ADDS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_begin(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     held = at < N
+    place = tl.arange(0, PLACES)
+    real = place < FAN
     k = tl.arange(0, BK)
-    total = tl.zeros([BN], tl.float32)
-    for j in range(FAN):
-        expert = tl.load(physical + row * FAN + j)
-        if expert >= 0:
-            slot = tl.load(slots + expert).to(tl.int64)
-            lines = weights + slot * (N * K) + at.to(tl.int64)[:, None] * K
-            sums = tl.zeros([BN, BK], tl.float32)
-            for begin in range(0, K, BK):
-                inside = begin + k < K
-                values = tl.load(inner + (row * FAN + j) * K + begin + k, mask=inside, other=0.0)
-                tile = tl.load(
-                    lines + (begin + k)[None, :], mask=held[:, None] & inside[None, :], other=0.0
-                )
-                sums += tile.to(tl.float32) * values.to(tl.float32)[None, :]
-            found = tl.sum(sums, 1)
-            if BIASED:
-                added = bias + expert.to(tl.int64) * N + at
-                found += tl.load(added, mask=held, other=0.0).to(tl.float32)
-            found = found.to(out.dtype.element_ty).to(tl.float32)
-            total += found * tl.load(routing + row * FAN + j).to(tl.float32)
+    # Past the first cache, which may hold what was there before.
+    expert = tl.load(physical + row * FAN + place, mask=real, other=-1, cache_modifier=".cg")
+    taken = expert >= 0
+    slot = tl.load(slots + expert, mask=taken, other=0).to(tl.int64)
+    route = row * FAN + place
+    lines = weights + slot[None, :] * (N * K) + at.to(tl.int64)[:, None] * K
+    kept = held[:, None] & taken[None, :]
+    both = kept[:, :, None] & (k < K)[None, None, :]
+    tile = tl.load(lines[:, :, None] + k[None, None, :], mask=both, other=0.0)
+    wait(OVERLAP)
+    sums = tl.zeros([BN, PLACES, BK], tl.float32)
+    for start in tl.static_range(0, K, BK):
+        inside = start + k < K
+        if start > 0:
+            both = kept[:, :, None] & inside[None, None, :]
+            tile = tl.load(lines[:, :, None] + (start + k)[None, None, :], mask=both, other=0.0)
+        values = tl.load(
+            inner + route[:, None] * K + (start + k)[None, :],
+            mask=taken[:, None] & inside[None, :],
+            other=0.0,
+        )
+        sums += tile.to(tl.float32) * values.to(tl.float32)[None, :, :]
+    found = tl.sum(sums, 2)
+    if BIASED:
+        added = bias + expert.to(tl.int64)[None, :] * N + at[:, None]
+        found += tl.load(added, mask=kept, other=0.0).to(tl.float32)
+    weight = tl.load(routing + route, mask=taken, other=0.0).to(tl.float32)
+    found = found.to(out.dtype.element_ty).to(tl.float32)
+    total = tl.sum(found * weight[None, :], 1)
     if ADDS:
         total = total.to(out.dtype.element_ty).to(tl.float32)
         total += tl.load(residual + row * N + at, mask=held, other=0.0).to(tl.float32)
@@ -353,7 +392,9 @@ def _gated_matrix(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     block = tl.program_id(0)
     slot = tl.load(owners + block).to(tl.int64)
     if slot < 0:
@@ -368,16 +409,16 @@ def _gated_matrix(
     lines += k[:, None]
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
-    for begin in range(0, K, BK):
+    for step in range(0, K, BK):
         if K % BK == 0:
-            values = tl.load(x_lines + begin, mask=taken[:, None], other=0.0)
-            first = tl.load(lines + begin)
-            second = tl.load(lines + I * K + begin)
+            values = tl.load(x_lines + step, mask=taken[:, None], other=0.0)
+            first = tl.load(lines + step)
+            second = tl.load(lines + I * K + step)
         else:
-            inside = begin + k < K
-            values = tl.load(x_lines + begin, mask=taken[:, None] & inside[None, :], other=0.0)
-            first = tl.load(lines + begin, mask=inside[:, None], other=0.0)
-            second = tl.load(lines + I * K + begin, mask=inside[:, None], other=0.0)
+            inside = step + k < K
+            values = tl.load(x_lines + step, mask=taken[:, None] & inside[None, :], other=0.0)
+            first = tl.load(lines + step, mask=inside[:, None], other=0.0)
+            second = tl.load(lines + I * K + step, mask=inside[:, None], other=0.0)
         gate = tl.dot(values, first, gate)
         up = tl.dot(values, second, up)
     both = taken[:, None] & held[None, :]
@@ -405,7 +446,9 @@ def _routed_matrix(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     block = tl.program_id(0)
     slot = tl.load(owners + block).to(tl.int64)
     if slot < 0:
@@ -418,14 +461,14 @@ def _routed_matrix(
     x_lines = x + (tl.where(taken, routes, 0) // FAN)[:, None] * x_stride + k[None, :]
     lines = weights + slot * (N * K) + tl.where(held, at, 0).to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros([BM, BN], tl.float32)
-    for begin in range(0, K, BK):
+    for step in range(0, K, BK):
         if K % BK == 0:
-            values = tl.load(x_lines + begin, mask=taken[:, None], other=0.0)
-            tile = tl.load(lines + begin)
+            values = tl.load(x_lines + step, mask=taken[:, None], other=0.0)
+            tile = tl.load(lines + step)
         else:
-            inside = begin + k < K
-            values = tl.load(x_lines + begin, mask=taken[:, None] & inside[None, :], other=0.0)
-            tile = tl.load(lines + begin, mask=inside[:, None], other=0.0)
+            inside = step + k < K
+            values = tl.load(x_lines + step, mask=taken[:, None] & inside[None, :], other=0.0)
+            tile = tl.load(lines + step, mask=inside[:, None], other=0.0)
         total = tl.dot(values, tile, total)
     both = taken[:, None] & held[None, :]
     tl.store(out + routes[:, None] * out_stride + at[None, :], total, mask=both)
@@ -441,22 +484,31 @@ def _combined(
     out,
     N: tl.constexpr,
     FAN: tl.constexpr,
+    PLACES: tl.constexpr,
     BIASED: tl.constexpr,
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     held = at < N
-    total = tl.zeros([BLOCK], tl.float32)
-    for j in range(FAN):
-        expert = tl.load(physical + row * FAN + j).to(tl.int64)
-        if expert >= 0:
-            found = tl.load(routes + (row * FAN + j) * N + at, mask=held, other=0.0).to(tl.float32)
-            if BIASED:
-                found += tl.load(bias + expert * N + at, mask=held, other=0.0).to(tl.float32)
-                found = found.to(out.dtype.element_ty).to(tl.float32)
-            total += found * tl.load(routing + row * FAN + j).to(tl.float32)
+    place = tl.arange(0, PLACES)
+    real = place < FAN
+    route = row * FAN + place
+    expert = tl.load(physical + route, mask=real, other=-1).to(tl.int64)
+    weight = tl.load(routing + route, mask=real, other=0.0).to(tl.float32)
+    found = tl.load(
+        routes + route[:, None] * N + at[None, :], mask=real[:, None] & held[None, :], other=0.0
+    ).to(tl.float32)
+    taken = (expert >= 0)[:, None]
+    if BIASED:
+        added = bias + expert[:, None] * N + at[None, :]
+        found += tl.load(added, mask=taken & held[None, :], other=0.0).to(tl.float32)
+        found = found.to(out.dtype.element_ty).to(tl.float32)
+    # What rows of routes that are none hold is not said, nor are their weights.
+    total = tl.sum(tl.where(taken, found * weight[:, None], 0.0), 0)
     if ADDS:
         total = total.to(out.dtype.element_ty).to(tl.float32)
         total += tl.load(residual + row * N + at, mask=held, other=0.0).to(tl.float32)

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moecc.kernels.gpu.launch import begin, let_next_begin, overlap, wait
 from moecc.kernels.linear import Rows
 from moecc.kernels.norm import DEFERRED_ROWS, Norm, rms_norm
 
 _MOST_WEIGHTS = 3
 # A router: so few features that a matrix product would leave the GPU idle.
-_FEW_ROWS, _FEW_FEATURES = 64, 256
+FEW_ROWS, FEW_FEATURES = 64, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def linear(
     }
     strides = [t.stride(0) for t in (*three, *added)]
     given = residual if residual is not None else out
-    if count <= DEFERRED_ROWS or (count <= _FEW_ROWS and sum(sizes) <= _FEW_FEATURES):
+    if count <= DEFERRED_ROWS or (count <= FEW_ROWS and sum(sizes) <= FEW_FEATURES):
         tiles = vector_tiles(sum(sizes), width)
         scale = norm.weight if norm is not None else x
         programs = sum(triton.cdiv(size, tiles.n) for size in sizes)
@@ -83,6 +84,7 @@ def linear(
             BN=tiles.n,
             BK=tiles.k,
             num_warps=tiles.warps,
+            **overlap(x.device),
         )
         return out
     tiles = matrix_tiles(count, sum(sizes), width)
@@ -105,14 +107,16 @@ def linear(
         BK=tiles.k,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **overlap(x.device),
     )
     return out
 
 
 def vector_tiles(features: int, width: int) -> Tiles:
-    """For a row at a time."""
-    n = 8 if features > 1024 else 4 if features > 64 else 1
-    return Tiles(1, n, min(4096 // n, max(16, triton.next_power_of_2(width))), 4, 1)
+    """For a row at a time: all of a program's weights are on their way at once, if they fit."""
+    n = 8 if features > 16384 else 4 if features > 64 else 1
+    k = min(4096, max(16, triton.next_power_of_2(width)))
+    return Tiles(1, n, k, max(1, k // 512), 1)
 
 
 def matrix_tiles(count: int, features: int, width: int) -> Tiles:
@@ -148,6 +152,49 @@ def _side(
 
 
 @triton.jit
+def row_product(
+    x,
+    lines,
+    held,
+    scale,
+    eps,
+    K: tl.constexpr,
+    NORMED: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """float32 [BN]: the row at `x` times the weights at the pointers `lines` [BN], where `held`.
+
+    With NORMED the row is RMS-normed with the weights at `scale`. Waits for the kernels before,
+    with the first weights on their way.
+    """
+    k = tl.arange(0, BK)
+    tile = tl.load(lines[:, None] + k[None, :], mask=held[:, None] & (k < K)[None, :], other=0.0)
+    if NORMED:
+        own = tl.load(scale + k, mask=k < K, other=0.0)
+    wait(OVERLAP)
+    total = tl.zeros([BN, BK], tl.float32)
+    square = tl.zeros([BK], tl.float32)
+    for start in tl.static_range(0, K, BK):
+        inside = start + k < K
+        if start > 0:
+            both = held[:, None] & inside[None, :]
+            tile = tl.load(lines[:, None] + (start + k)[None, :], mask=both, other=0.0)
+            if NORMED:
+                own = tl.load(scale + start + k, mask=inside, other=0.0)
+        values = tl.load(x + start + k, mask=inside, other=0.0).to(tl.float32)
+        if NORMED:
+            square += values * values
+            values *= own.to(tl.float32)
+        total += tile.to(tl.float32) * values[None, :]
+    result = tl.sum(total, 1)
+    if NORMED:
+        result *= 1 / tl.sqrt(tl.sum(square, 0) / K + eps)
+    return result
+
+
+@triton.jit
 def _vector(
     x,
     w0,
@@ -179,10 +226,13 @@ def _vector(
     NORMED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_begin(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
-    variant = tl.load(variants + row).to(tl.int64)
+    variant = tl.load(variants + row).to(tl.int64)  # settled
     if variant < 0:
+        wait(OVERLAP)
         return
     which, first, start = _side(tl.program_id(0), w0, w1, w2, N0, N1, N2, BN)
     w = w0 + variant * w0_stride
@@ -198,23 +248,18 @@ def _vector(
         size = N2
     at = first + tl.arange(0, BN)
     held = at < size
-    k = tl.arange(0, BK)
-    lines = w + at.to(tl.int64)[:, None] * K
-    total = tl.zeros([BN, BK], tl.float32)
-    square = tl.zeros([BK], tl.float32)
-    for begin in range(0, K, BK):
-        inside = begin + k < K
-        values = tl.load(x + row * x_stride + begin + k, mask=inside, other=0.0).to(tl.float32)
-        if NORMED:
-            square += values * values
-            own = tl.load(scale + variant * scale_stride + begin + k, mask=inside, other=0.0)
-            values *= own.to(tl.float32)
-        both = held[:, None] & inside[None, :]
-        tile = tl.load(lines + (begin + k)[None, :], mask=both, other=0.0)
-        total += tile.to(tl.float32) * values[None, :]
-    result = tl.sum(total, 1)
-    if NORMED:
-        result *= 1 / tl.sqrt(tl.sum(square, 0) / K + eps)
+    result = row_product(
+        x + row * x_stride,
+        w + at.to(tl.int64) * K,
+        held,
+        scale + variant * scale_stride,
+        eps,
+        K,
+        NORMED,
+        BN,
+        BK,
+        OVERLAP,
+    )
     if BIASED:
         result += tl.load(b + at, mask=held, other=0.0).to(tl.float32)
     if ADDS:
@@ -254,7 +299,9 @@ def _matrix(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     block = tl.program_id(0)
     variant = tl.load(owners + block).to(tl.int64)
     if variant < 0:
@@ -279,14 +326,14 @@ def _matrix(
     x_lines = x + tl.where(taken, rows, 0)[:, None] * x_stride + k[None, :]
     w_lines = w + tl.where(held, at, 0).to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros([BM, BN], tl.float32)
-    for begin in range(0, K, BK):
+    for step in range(0, K, BK):
         if K % BK == 0:
-            values = tl.load(x_lines + begin, mask=taken[:, None], other=0.0)
-            tile = tl.load(w_lines + begin)
+            values = tl.load(x_lines + step, mask=taken[:, None], other=0.0)
+            tile = tl.load(w_lines + step)
         else:
-            inside = begin + k < K
-            values = tl.load(x_lines + begin, mask=taken[:, None] & inside[None, :], other=0.0)
-            tile = tl.load(w_lines + begin, mask=inside[:, None], other=0.0)
+            inside = step + k < K
+            values = tl.load(x_lines + step, mask=taken[:, None] & inside[None, :], other=0.0)
+            tile = tl.load(w_lines + step, mask=inside[:, None], other=0.0)
         total = tl.dot(values, tile, total)
     if BIASED:
         total += tl.load(b + at, mask=held, other=0.0).to(tl.float32)[None, :]

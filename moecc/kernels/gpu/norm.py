@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moecc.kernels.gpu.launch import let_next_begin, overlap, wait
 from moecc.kernels.norm import Norm
 
 
@@ -26,20 +27,32 @@ def rms_norm(x: Tensor, norm: Norm, variants: Tensor) -> Tensor:
         WIDTH=width,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
+        **overlap(x.device),
     )
     return out
 
 
 @triton.jit
 def _rms_norm(
-    x, weight, variants, out, eps, x_stride, weight_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    weight,
+    variants,
+    out,
+    eps,
+    x_stride,
+    weight_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
+    variant = tl.maximum(tl.load(variants + row), 0).to(tl.int64)  # settled
+    own = tl.load(weight + variant * weight_stride + at, mask=inside, other=0.0)
+    wait(OVERLAP)
     values = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(values * values, 0) / WIDTH + eps)
-    variant = tl.maximum(tl.load(variants + row), 0).to(tl.int64)
-    own = tl.load(weight + variant * weight_stride + at, mask=inside, other=0.0)
     normed = (values * scale).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * WIDTH + at, normed * own.to(tl.float32), mask=inside)

@@ -1,8 +1,5 @@
 """Kernels of `moecc.kernels.packed`."""
 
-# Compile-time parameters are in capitals.
-# ruff: noqa: N803, N806
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moecc.kernels.device import INTERPRETED
+from moecc.kernels.gpu.launch import begin, overlap
+from moecc.kernels.norm import Norm
 from moecc.kernels.packed import PADDING, Digits
 
 if TYPE_CHECKING:
@@ -44,19 +43,26 @@ _NARROW = Tiling(128, 2, 4, 128)  # up to 16 tokens
 _WIDE = Tiling(128, 4, 3, 128)  # more, whose sums fill the registers of more warps
 
 
-def digits(x: Tensor, parts: int = 1) -> Digits:
+def digits(x: Tensor, parts: int, norm: Norm | None, variants: Tensor | None) -> Digits:
     """See `moecc.kernels.packed.digits`."""
     rows, in_features = x.shape
     result, scale, size = _new_digits(x, rows, in_features, parts)
+    weight = x if norm is None else norm.weight
     _digits[(rows, parts)](
         x,
+        weight,
+        scale if variants is None else variants,
         result.values,
         scale,
+        0.0 if norm is None else norm.eps,
         x.stride(0),
+        weight.stride(0),
         in_features,
         result.values.shape[-1],
+        NORMED=norm is not None,
         SIZE=size,
         num_warps=_warps(size),
+        **overlap(x.device),
     )
     return result
 
@@ -77,6 +83,7 @@ def gated_digits(partials: Tensor, activation: str, dtype: torch.dtype, parts: i
         DTYPE=_DTYPES[dtype],
         SIZE=size,
         num_warps=_warps(size),
+        **overlap(partials.device),
     )
     return result
 
@@ -92,8 +99,8 @@ def direct(
     """See `moecc.kernels.packed.direct`."""
     splits, scales = _splits(x, out, len(terms))
     tiling = tiling or _NARROW
-    for begin in range(0, len(terms), 2):  # a launch for two, which often are all
-        pair = terms[begin : begin + 2]
+    for index in range(0, len(terms), 2):  # a launch for two, which often are all
+        pair = terms[index : index + 2]
         (first, table), (second, second_table) = pair[0], pair[-1]
         rows = _rows(first, tiling)
         tiles = triton.cdiv(first.out_features, rows)
@@ -101,7 +108,7 @@ def direct(
             x.values,
             scales,
             physical,
-            out[begin * splits :],
+            out[index * splits :],
             table,
             *_tensors(first),
             second_table,
@@ -119,6 +126,7 @@ def direct(
             ROWS=rows,
             STAGES=tiling.stages,
             num_warps=tiling.warps,
+            **overlap(out.device),
         )
 
 
@@ -157,6 +165,7 @@ def blocked(
         ROWS=rows,
         STAGES=tiling.stages,
         num_warps=tiling.warps,
+        **overlap(out.device),
     )
 
 
@@ -180,6 +189,7 @@ def reduced(
         RESIDUAL=residual is not None,
         SIZE=size,
         num_warps=4,
+        **overlap(partials.device),
     )
     return out
 
@@ -437,7 +447,9 @@ def _direct(
     TERMS: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     route = tl.program_id(0) % routes  # neighbors may share a slot
     start = _start(tl.program_id(0) // routes, padded_out, ROWS)
     expert = tl.load(physical + route)
@@ -490,7 +502,9 @@ def _blocked(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     block = tl.program_id(0) % blocks  # neighbors may share a slot
     slot = tl.load(owners + block)
     if slot < 0:
@@ -527,13 +541,34 @@ def _part(in_features):
 
 
 @triton.jit
-def _digits(x, values, scales, stride, in_features, padded_in, SIZE: tl.constexpr):
+def _digits(
+    x,
+    weight,
+    variants,
+    values,
+    scales,
+    eps,
+    stride,
+    weight_stride,
+    in_features,
+    padded_in,
+    NORMED: tl.constexpr,
+    SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SIZE)
     index = tl.program_id(1) * _part(in_features) + place
     inside = (place < _part(in_features)) & (index < in_features)
-    row_values = tl.load(x + row * stride + index, mask=inside, other=0)
-    _store_digits(row_values.to(tl.float32), values, scales, row, in_features, padded_in, SIZE)
+    found = tl.load(x + row * stride + index, mask=inside, other=0).to(tl.float32)
+    if NORMED:  # then the part is the row
+        variant = tl.maximum(tl.load(variants + row), 0).to(tl.int64)
+        own = tl.load(weight + variant * weight_stride + index, mask=inside, other=0.0)
+        found *= 1 / tl.sqrt(tl.sum(found * found, 0) / in_features + eps)
+        found = found.to(x.dtype.element_ty).to(tl.float32) * own.to(tl.float32)
+        found = found.to(x.dtype.element_ty).to(tl.float32)
+    _store_digits(found, values, scales, row, in_features, padded_in, SIZE)
 
 
 @triton.jit(do_not_specialize=["rows"])  # not compiled for each batch
@@ -548,7 +583,9 @@ def _gated_digits(
     ACTIVATION: tl.constexpr,
     DTYPE: tl.constexpr,
     SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SIZE)
     index = tl.program_id(1) * _part(in_features) + place
@@ -612,7 +649,9 @@ def _reduced(
     K: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = index < hidden

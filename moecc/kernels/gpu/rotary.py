@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moecc.kernels.gpu.launch import let_next_begin, overlap, wait
+
 _ELEMENTS = 1024  # of a program: as many as 128 threads load at once
 
 
@@ -67,6 +69,7 @@ def rotate_and_store(
         DV=triton.next_power_of_2(dim_v),
         num_warps=4,
         enable_fp_fusion=False,  # it would fuse a product with a sum, and not round it
+        **overlap(q.device),
     )
     return out
 
@@ -110,9 +113,12 @@ def _rotate_and_store(
     H: tl.constexpr,
     REST: tl.constexpr,
     DV: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    # Settled: positions and rows, and so the angles.
     position = tl.load(positions + token).to(tl.float32)
     row = token * 0
     if rows is not None:
@@ -122,6 +128,7 @@ def _rotate_and_store(
     dtype = q.dtype.element_ty
     cos = (tl.cos(angles) * attention_scaling).to(dtype).to(tl.float32)
     sin = (tl.sin(angles) * attention_scaling).to(dtype).to(tl.float32)
+    wait(OVERLAP)
     if part < Q_PARTS:
         heads = part * SIDE + tl.arange(0, SIDE)
         if q_norm is not None:

@@ -1,0 +1,298 @@
+"""Passes of our own layers: what is laid out for them, which graph runs, and who gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import served
+import tiny
+import torch
+from served import VARIANTS, Built, Passes
+from torch import Tensor
+
+from moecc.kernels.norm import Norm
+from moecc.runtime import fused, loading, opening
+from moecc.runtime.decoder import Decoder, Tokens, recognized
+from moecc.runtime.fused import FusedRunner
+from moecc.runtime.opening import open_engine
+from moecc.runtime.options import Options
+from moecc.runtime.paged import Part
+
+BLOCK = 4
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class FakeDecoder:
+    """Keeps what it is given; the logits of a row are ten times its number."""
+
+    heads = (4, 2)
+
+    def __init__(self) -> None:
+        self.passes: list[Tokens] = []
+
+    def __call__(self, tokens: Tokens, cache: object) -> Tensor:
+        copies = {f.name: getattr(tokens, f.name) for f in fields(Tokens)}
+        copies |= {k: v.clone() for k, v in copies.items() if isinstance(v, Tensor)}
+        self.passes.append(Tokens(**copies))
+        return tokens.outputs[:, None] * 10.0
+
+
+class FakeResidency:
+    """Variant `v` is in row `v + 5`."""
+
+    def __init__(self) -> None:
+        self.active: list[int] = []
+
+    def row(self, variant: int) -> int:
+        return variant + 5
+
+    def activate(self, variant: int) -> None:
+        self.active.append(variant)
+
+
+class Fakes:
+    """A runner of at most 5 sequences of 6 blocks, and 40 rows."""
+
+    def __init__(self, graphs: Sequence[int] = ()) -> None:
+        self.decoder = FakeDecoder()
+        self.residency = FakeResidency()
+        self.replayed: list[int] = []
+        cache: Any = SimpleNamespace(block_size=BLOCK)
+        decoder: Any = self.decoder
+        residency: Any = self.residency
+        self.runner = FusedRunner(
+            decoder, residency, cache, CPU, max_seqs=5, max_rows=40, max_blocks=6
+        )
+        for size in graphs:
+            logits = torch.full((min(size, 5), 1), float(size))
+            graph = fused._Graph(lambda size=size: self.replayed.append(size), logits)
+            self.runner._graphs[size] = graph
+
+    def filled(self, parts: Sequence[Part], size: int) -> Tokens:
+        return self.runner._fill(parts, size)
+
+
+def part(variant: int, count: int, context: int = 0, logits: bool = True) -> Part:
+    """Of a sequence whose blocks are 3, 0, 7 and so on; its tokens are those from 20 on."""
+    return Part(variant, range(20, 20 + count), context, [3, 0, 7, 1, 9, 2], logits)
+
+
+class TestFill:
+    def test_values(self) -> None:
+        tokens = Fakes().filled([part(1, 1, 6), part(0, 3, 2, logits=False), part(2, 2)], 8)
+        assert tokens.ids.tolist() == [20, 20, 21, 22, 20, 21, 0, 0]
+        assert tokens.positions.tolist() == [6, 2, 3, 4, 0, 1, 0, 0]
+        assert tokens.variants.tolist() == [6, 5, 5, 5, 7, 7, -1, -1]
+        # Position 6 is the third of the second block, which is block 0.
+        assert tokens.slots.tolist() == [2, 14, 15, 0, 12, 13, -1, -1]
+        assert tokens.sequences.tolist() == [0, 1, 1, 1, 2, 2, 0, 0]
+        assert tokens.lengths.tolist() == [7, 3, 4, 5, 1, 2, 0, 0]
+        assert tokens.outputs.tolist() == [0, 5, 0, 0, 0]
+        assert tokens.tables.shape == (5, 6)
+        assert tokens.tables[:3].tolist() == [[3, 0, 7, 1, 9, 2]] * 3
+
+    @pytest.mark.parametrize("size", [1, 3, 8, 40])
+    def test_shapes(self, size: int) -> None:
+        tokens = Fakes().filled([part(0, 1)], size)
+        for name in ("ids", "positions", "variants", "slots", "sequences", "lengths"):
+            field = getattr(tokens, name)
+            assert (field.shape, field.dtype) == ((size,), torch.int32)
+        assert tokens.outputs.shape == (min(size, 5),)
+        assert tokens.tables.shape == (5, 6)
+
+    def test_rows_of_no_token(self) -> None:
+        """Whatever the last pass left there."""
+        fakes = Fakes()
+        fakes.filled([part(2, 20), part(1, 20)], 40)
+        tokens = fakes.filled([], 40)
+        assert (tokens.variants == -1).all()
+        assert (tokens.slots == -1).all()
+        for name in ("ids", "positions", "sequences", "lengths", "outputs"):
+            assert not getattr(tokens, name).any()
+
+    def test_a_shorter_table_hides_a_longer_one(self) -> None:
+        fakes = Fakes()
+        fakes.filled([part(0, 1, 20)], 2)
+        short = Part(0, [1], 0, [5], True)
+        tokens = fakes.filled([short], 2)
+        assert (int(tokens.tables[0, 0]), tokens.lengths.tolist()) == (5, [1, 0])
+
+    def test_sizes_have_places_of_their_own(self) -> None:
+        """A graph's tokens are where they were when it was captured."""
+        fakes = Fakes()
+        first = fakes.filled([], 8)
+        fakes.filled([part(1, 3)], 4)
+        again = fakes.filled([part(1, 8)], 8)
+        for field in fields(Tokens):
+            if field.name != "tiles":
+                one, other = getattr(first, field.name), getattr(again, field.name)
+                assert one.data_ptr() == other.data_ptr()
+                assert torch.equal(one, other)
+
+    def test_long_passes_have_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fused, "SIZES", (1, 2, 4))
+        fakes = Fakes()
+        assert fakes.filled([part(0, 3)], 4).tiles is None
+        tiles = fakes.filled([part(0, 1, 3), part(1, 7)], 8).tiles
+        assert tiles is not None
+        rows = [
+            (row, sequence)
+            for first, count, sequence in tiles.table.tolist()
+            for row in range(first, first + count)
+        ]
+        assert rows == [(0, 0), *((row, 1) for row in range(1, 8))]
+
+
+class TestRun:
+    def test_launches(self) -> None:
+        fakes = Fakes()
+        logits = fakes.runner.run([part(3, 2), part(3, 4, logits=False), part(3, 1)])
+        assert logits.tolist() == [[10.0], [60.0]]
+        assert fakes.residency.active == [3]
+        assert [len(tokens.ids) for tokens in fakes.decoder.passes] == [7]
+
+    def test_no_logits_are_wanted(self) -> None:
+        assert Fakes().runner.run([part(0, 3, logits=False)]).shape == (0, 1)
+
+    def test_logits_of_as_many_sequences_as_there_may_be(self) -> None:
+        logits = Fakes().runner.run([part(v, 2) for v in range(5)])
+        assert logits[:, 0].tolist() == [10.0, 30.0, 50.0, 70.0, 90.0]
+
+    @pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 4), (3, 4), (4, 4), (5, 16), (16, 16)])
+    def test_the_smallest_graph_that_fits(self, count: int, size: int) -> None:
+        fakes = Fakes(graphs=(16, 4, 1))
+        logits = fakes.runner.run([part(1, count)])
+        assert (fakes.replayed, fakes.decoder.passes) == ([size], [])
+        assert logits.tolist() == [[float(size)]]
+        assert fakes.residency.active == [1]
+
+    def test_longer_passes_are_launched(self) -> None:
+        fakes = Fakes(graphs=(16, 4, 1))
+        assert fakes.runner.run([part(1, 17)]).tolist() == [[160.0]]
+        assert fakes.replayed == []
+        assert len(fakes.decoder.passes[0].ids) == 17
+
+    def test_kept_tokens(self) -> None:
+        """A token below zero is one that the last pass chose."""
+        fakes = Fakes()
+        fakes.runner.keep(torch.tensor([30, 31, 32]))
+        parts = [Part(0, [-3], 4, [0, 1], True), Part(0, [7, -1], 0, [2], True)]
+        fakes.runner.run(parts)
+        assert fakes.decoder.passes[0].ids.tolist() == [32, 7, 30]
+
+
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+class TestRecognized:
+    @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "qwen3-moe-tied", "olmoe"])
+    def test_families(self, family: str) -> None:
+        assert recognized(tiny.model(family))
+
+    @pytest.mark.parametrize(
+        "family", sorted(set(tiny.FAMILIES) - {"mixtral", "qwen3-moe", "qwen3-moe-tied", "olmoe"})
+    )
+    def test_others(self, family: str) -> None:
+        assert not recognized(tiny.model(family))
+
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [
+            ("mixtral", {"hidden_act": "gelu"}),
+            ("mixtral", {"sliding_window": 6}),
+            ("qwen3-moe", {"norm_topk_prob": False}),
+            ("qwen3-moe", {"attention_bias": True}),
+            ("olmoe", {"norm_topk_prob": True}),
+        ],
+    )
+    def test_changes_that_are_known(self, family: str, changes: dict[str, Any]) -> None:
+        assert recognized(tiny.model(family, **changes))
+
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [
+            ("mixtral", {"hidden_act": "tanh"}),
+            ("olmoe", {"clip_qkv": 1.0}),
+            ("qwen3-moe", {"rope_parameters": _DYNAMIC}),
+            ("qwen3-moe", {"mlp_only_layers": [1]}),
+        ],
+    )
+    def test_changes_that_are_not(self, family: str, changes: dict[str, Any]) -> None:
+        assert not recognized(tiny.model(family, **changes))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    return Passes(monkeypatch)
+
+
+class OtherNorm(Decoder):
+    """Has an epsilon of its own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._norm = Norm(self._norm.weight, 1.0)
+
+
+class OtherWeights(Decoder):
+    """Reads weights that are larger."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._head = self._head * 1.2
+
+
+class NotFinite(Decoder):
+    def __call__(self, *arguments: Any) -> Tensor:
+        return super().__call__(*arguments) * torch.nan
+
+
+class SometimesNotFinite(Decoder):
+    def __call__(self, tokens: Tokens, cache: Any) -> Tensor:
+        found = super().__call__(tokens, cache)
+        return found * torch.nan if len(tokens.ids) % 2 else found
+
+
+@pytest.mark.parametrize("mode", served.MODES)
+@pytest.mark.parametrize("other", [OtherNorm, OtherWeights, NotFinite, SometimesNotFinite])
+def test_layers_that_differ_are_not_used(
+    other: type[Decoder], mode: Any, built: Built, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note says so, and answers are right."""
+    monkeypatch.setattr(loading, "on_gpu", lambda _: True)
+    monkeypatch.setattr(opening, "Decoder", other)
+    artifact, notes = built.artifact("mixtral"), []
+    options = Options(mode=mode, dtype="float32")
+    engine = open_engine(artifact, options, note=notes.append)
+    try:
+        assert passes.fused > 0  # they were tried
+        passes.clear()
+        requests = [served.request(v, v, served.prompt(9, i), 6) for i, v in enumerate(VARIANTS)]
+        found = served.ask(engine, requests)
+    finally:
+        engine.close()
+    assert len(notes) == 1
+    assert notes[0].startswith("our layers differ from transformers' by ")
+    assert notes[0].endswith(", and are not used")
+    assert (passes.fused, len(passes.parts) > 0) == (0, True)
+    served.assert_same(requests, found, built.reference(artifact, "float32"), 0.98)
+
+
+def test_layers_are_used_without_a_note(
+    built: Built, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "on_gpu", lambda _: True)
+    notes: list[str] = []
+    open_engine(built.artifact("mixtral"), Options(), note=notes.append).close()
+    assert notes == []
+    assert passes.fused > 0
