@@ -39,7 +39,7 @@ class Tiling:
     step: int
 
 
-_NARROW = Tiling(128, 2, 4, 128)  # up to 16 tokens
+_NARROW = Tiling(128, 2, 3, 128)  # up to 16 tokens
 _WIDE = Tiling(128, 4, 3, 128)  # more, whose sums fill the registers of more warps
 
 
