@@ -17,7 +17,7 @@ from moecc.kernels.norm import Norm
 
 # Up to so many tokens each reads its experts by itself: few of them share one.
 VECTOR_TOKENS = 2
-_DOWN = 16384  # weights that a program of the down projection loads at once
+_DOWN = 8192  # weights that a program of the down projection loads at once
 _COMBINED = 2048  # values that a program adds up
 
 
@@ -206,27 +206,27 @@ def combined(
 
 def vector_tiles(width: int) -> Tiles:
     """For gate and up of a route: all of a program's weights are on their way at once."""
-    k = min(4096, max(16, triton.next_power_of_2(width)))
-    return Tiles(1, 2 if width > k else 4, k, max(1, k // 512), 1)
+    k = min(2048, max(16, triton.next_power_of_2(width)))
+    return Tiles(1, 2 if width > k else 4, k, 4, 1)
 
 
 def down_tiles(width: int, fan: int) -> Tiles:
     """For the routes of a token together."""
     k = min(2048, max(16, triton.next_power_of_2(width)))
-    n = _DOWN // (k * triton.next_power_of_2(fan))
-    n = n // 2 if width > k else n  # then their sums stay beside them
-    return Tiles(1, max(1, min(16, n)), k, 8, 1)
+    if width > k:
+        return Tiles(1, 2, k, 8, 1)
+    return Tiles(1, max(1, min(16, _DOWN // (k * triton.next_power_of_2(fan)))), k, 4, 1)
 
 
 def matrix_tiles(routes: int, slots: int, width: int) -> Tiles:
     """For blocks of routes."""
-    k = min(128, max(16, triton.next_power_of_2(width)))
+    k = min(256, max(16, triton.next_power_of_2(width)))
     shared = routes / max(1, min(slots, routes))
     if shared > 32:
         return Tiles(128, 64, min(k, 64), 8, 3)
     if shared > 6:
-        return Tiles(32, 64, k, 4, 3)
-    return Tiles(16, 32, k, 4, 4)
+        return Tiles(32, 64, min(k, 128), 4, 3)
+    return Tiles(16, 32, k, 4, 3)
 
 
 @triton.jit

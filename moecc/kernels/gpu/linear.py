@@ -113,10 +113,11 @@ def linear(
 
 
 def vector_tiles(features: int, width: int) -> Tiles:
-    """For a row at a time: all of a program's weights are on their way at once, if they fit."""
-    n = 8 if features > 16384 else 4 if features > 64 else 1
-    k = min(4096, max(16, triton.next_power_of_2(width)))
-    return Tiles(1, n, k, max(1, k // 512), 1)
+    """For a row at a time."""
+    k = max(16, triton.next_power_of_2(width))
+    if features <= 64:
+        return Tiles(1, 1, min(4096, k), 4, 1)
+    return Tiles(1, 8, 512, 4, 1) if k > 2048 else Tiles(1, 4, min(1024, k), 4, 1)
 
 
 def matrix_tiles(count: int, features: int, width: int) -> Tiles:
