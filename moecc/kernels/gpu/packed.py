@@ -39,6 +39,7 @@ class Tiling:
     step: int
 
 
+_SINGLE = Tiling(128, 2, 4, 128)  # a route at a time
 _NARROW = Tiling(128, 2, 3, 128)  # up to 16 tokens
 _WIDE = Tiling(128, 4, 3, 128)  # more, whose sums fill the registers of more warps
 
@@ -98,7 +99,7 @@ def direct(
 ) -> None:
     """See `moecc.kernels.packed.direct`."""
     splits, scales = _splits(x, out, len(terms))
-    tiling = tiling or _NARROW
+    tiling = tiling or _SINGLE
     for index in range(0, len(terms), 2):  # a launch for two, which often are all
         pair = terms[index : index + 2]
         (first, table), (second, second_table) = pair[0], pair[-1]
