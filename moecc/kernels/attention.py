@@ -50,7 +50,9 @@ def tiles_of(
         for start, stop, sequence in spans
         for first in range(start, stop, rows)
     ]
-    return Tiles(torch.tensor(tiles, dtype=torch.int32).view(-1, 3).to(device), rows)
+    return Tiles(
+        torch.tensor(tiles, dtype=torch.int32).view(-1, 3).to(device, non_blocking=True), rows
+    )
 
 
 def attend(

@@ -3,8 +3,8 @@
 Families call the function registered as NAME with the keys and values of the pass's own tokens,
 one token a batch row; it writes them to the cache and reads each sequence's past from there. No
 cache object goes through the modeling code, and for a mask only the size of the window, if the
-layer has one. Latent attention (DeepSeek) is cached expanded. Plain torch: the reference for faster
-kernels.
+layer has one. Latent attention (DeepSeek) is cached expanded. On a GPU kernels attend; what is here
+besides is plain torch.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ class Plan:
         self.writes = torch.cat([self._slots(p)[p.context :] for p in pieces])
         if has_kernels(device):
             self._for_kernels()
-        decoding = [p for p in pieces if p.stop - p.start == 1]
         self.prefills = [p for p in pieces if p.stop - p.start > 1]
-        self.decodes = list(self._decode_groups(decoding))
 
     def _for_kernels(self) -> None:
         """What the kernels want to know, all int32: see `kernels.attention`."""
@@ -144,6 +142,10 @@ class Plan:
         return (blocks[:, None] * size + torch.arange(size, device=self.device)).view(-1)[
             : piece.length
         ]
+
+    @cached_property
+    def decodes(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return list(self._decode_groups([p for p in self.pieces if p.stop - p.start == 1]))
 
     @cached_property
     def prefill_slots(self) -> list[Tensor]:
@@ -255,7 +257,7 @@ def paged_attention(
     plan: Plan = running.plan
     window = None if attention_mask is None else int(attention_mask)
     form = _Form(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
-    q, layer = query[:, :, 0], int(module.layer_idx)
+    q, layer = query[:, :, 0].contiguous(), int(module.layer_idx)
     plan.cache.write(layer, plan.writes, key[:, :, 0], value[:, :, 0])
     sinks = _sinks(s_aux, running.tokens)
     if on_gpu(q):
@@ -275,18 +277,18 @@ def paged_attention(
             form,
         )
         out[rows] = attended[0].transpose(0, 1)
-    for rows, slots, lengths in plan.decodes:
+    for singles, slots, lengths in plan.decodes:
         keys, values = plan.cache.read(layer, slots)
         mask = _mask(lengths - 1, slots.shape[1], form)
         attended = _attend(
-            q[rows][:, :, None],
+            q[singles][:, :, None],
             keys.transpose(1, 2),
             values.transpose(1, 2),
             mask[:, None, None],
-            None if sinks is None else sinks[rows][:, :, None, None],
+            None if sinks is None else sinks[singles][:, :, None, None],
             form,
         )
-        out[rows] = attended[:, :, 0]
+        out[singles] = attended[:, :, 0]
     return out.unsqueeze(1), None
 
 

@@ -31,6 +31,11 @@ def resolve(gpu: int | None) -> torch.device:
     return torch.device("cuda", gpu)
 
 
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, a GPU is the one of this thread: kernels, events and graphs go there."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that may still be allocated on a device."""
     if device.type == "cuda":

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from moecc.runtime.sequence import Sequence
 from moecc.runtime.static import StaticRunner
 
 QUIET_SECONDS = 1.0
+_LOST = ("CUDA error", "illegal memory access")  # what torch and Triton say of a lost device
 
 Runner = PagedRunner | FusedRunner | StaticRunner
 
@@ -83,12 +85,14 @@ class Engine:
         scheduler: Scheduler,
         policy: str,
         memory: Mapping[str, int],
+        scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
         on_quiet: Callable[[], None],
         close: Callable[[], None],
         encodes: bool = False,
     ) -> None:
         """
         Args:
+            scope: entered by the engine's thread: it makes the device the thread's.
             on_quiet: called on the engine's thread when there was nothing to do for a while.
             close: frees what is not just memory of torch.
             encodes: prompts go to an encoder, and answers have the length to themselves.
@@ -104,6 +108,7 @@ class Engine:
         self._scheduler = scheduler
         self._policy = policy
         self._memory = dict(memory)
+        self._scope = scope
         self._on_quiet = on_quiet
         self._close = close
         self._encodes = encodes
@@ -210,13 +215,18 @@ class Engine:
         self._thread.join()
         with self._changed:
             close, self._close = self._close, lambda: None
-            self._runner = self._residency = None  # whoever keeps the engine keeps no weights
+            # Whoever keeps the engine keeps no weights.
+            self._runner = self._residency = self._flight = None
             self._memory = dict.fromkeys(self._memory, 0)
         close()
 
     # The engine's own thread
 
     def _loop(self) -> None:
+        with self._scope():
+            self._serve()
+
+    def _serve(self) -> None:
         try:
             while self._wait_for_work():
                 self._expire()
@@ -278,7 +288,9 @@ class Engine:
         if before is not None:
             self._guarded(before.batch, lambda: self._land(before))
         if batch is not None and failure is not None:
-            self._fail(batch, failure)
+            # Its traceback would keep what the pass has allocated.
+            failed, failure = failure.with_traceback(None), None
+            self._fail(batch, failed)
         flight = self._flight
         if flight is not None and not self._may_wait(runner, flight):
             self._flight = None
@@ -435,7 +447,7 @@ class Engine:
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         """Ends the requests of a batch; raises the error if the device is lost."""
-        if "CUDA error" in str(error):
+        if any(sign in str(error) for sign in _LOST):
             raise error
         for piece in batch.pieces:
             answer = self._of.get(piece.sequence)

@@ -3,7 +3,7 @@
 transformers looks its experts function up by name on every call (its `ExpertsInterface`); `install`
 registers ours. The router gives logical experts; a per-variant remap turns them into *physical*
 ones, each a combination of slots, and every physical expert is applied once to all its tokens, of
-whatever variant. Plain torch: the reference for faster kernels.
+whatever variant. A LayerExperts does it in plain torch, a KernelExperts by kernels.
 """
 
 from __future__ import annotations

@@ -77,10 +77,16 @@ class FusedRunner:
             self._compute(tokens)  # compiles
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Other engines of the process may go on with what they do.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = self._compute(tokens)
             self._graphs[size] = _Graph(graph.replay, logits)
             on_progress(done + 1, len(sizes))
+
+    def forget_graphs(self) -> None:
+        """From here on passes are launched."""
+        self._graphs.clear()
+        torch.cuda.empty_cache()
 
     def run(self, parts: Sequence[Part]) -> Tensor:
         """As `PagedRunner.run`."""

@@ -73,7 +73,8 @@ def start_engine(
     device = devices.resolve(options.gpu)
     opening = _Opening(artifact, options, device, on_progress, note)
     try:
-        return opening.engine()
+        with devices.current(device):
+            return opening.engine()
     except BaseException as error:
         devices.release(device, opening.pinned)
         if isinstance(error, torch.OutOfMemoryError):
@@ -150,6 +151,7 @@ class _Opening:
             scheduler=scheduler,
             policy=self.options.policy,
             memory=memory,
+            scope=lambda: devices.current(self.device),
             on_quiet=lambda: devices.trim(self.device),
             close=lambda: devices.release(self.device, pinned),
             encodes=bool(skeletons.models[0].config.is_encoder_decoder),
@@ -237,7 +239,7 @@ class _Opening:
                 "free memory, or use `--mode swap`",
             ) from None
         except Exception as error:  # of transformers' modeling code, which meets our functions here
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = _one_line(error)
             if residency.mode == "mixed":
                 self.note(f"{reason}: batches are of one variant")
                 return self._probed(skeletons, rows, Resident(skeletons, rows))
@@ -249,15 +251,24 @@ class _Opening:
         """Our own layers, if they are of a family we know and give what transformers' give."""
         if not all(recognized(model) for model in skeletons.models):
             return None
-        with skeletons.first_layers(_PROBE_LAYERS):
-            error = self._disagreement(Decoder(skeletons, layers, residency.rows), residency)
+        try:
+            with skeletons.first_layers(_PROBE_LAYERS):
+                error = self._disagreement(Decoder(skeletons, layers, residency.rows), residency)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:  # of a kernel, on a GPU that is like none we know
+            self.note(f"our layers do not run here, and are not used: {_one_line(failure)}")
+            return None
         if not error <= _AGREEMENT:
             self.note(f"our layers differ from transformers' by {error:.2g}, and are not used")
             return None
         return Decoder(skeletons, layers, residency.rows)
 
     def _disagreement(self, decoder: Decoder, residency: Residency) -> float:
-        """Relative difference of the logits of a few tokens: the median, as routes may differ."""
+        """Relative difference of the logits of a few tokens, of the variant with the largest.
+
+        Of a variant's the median: now and then another expert is chosen.
+        """
         variants = range(len(self.artifact.variants)) if residency.mode == "mixed" else [0]
         caches = [KVCache(len(variants), BLOCK_TOKENS) for _ in range(2)]
         theirs = PagedRunner(residency, caches[0], self.device)
@@ -274,8 +285,8 @@ class _Opening:
         for length in range(1, _PROBE_TOKENS + 1):
             parts = [Part(v, list(range(length)), 0, [v], True) for v in variants]
             expected, found = theirs.run(parts).double(), ours.run(parts).double()
-            errors += ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).tolist()
-        return float(torch.tensor(errors).median())  # NaN if there is one
+            errors.append((found - expected).norm(dim=-1) / expected.norm(dim=-1))
+        return float(torch.stack(errors).median(dim=0).values.max())  # NaN if there is one
 
     def _runner(
         self,
@@ -297,7 +308,11 @@ class _Opening:
             max_blocks=-(-longest // BLOCK_TOKENS) + 1,
         )
         if self.device.type == "cuda":
-            runner.capture(lambda done, of: self.on_progress("CUDA graphs", done, of))
+            try:
+                runner.capture(lambda done, of: self.on_progress("CUDA graphs", done, of))
+            except Exception as error:  # of memory, or of whatever a driver does not do
+                runner.forget_graphs()
+                self.note(f"no CUDA graphs, which is slower: {_one_line(error)}")
         return runner
 
     def _cache(self, probed: KVCache, variants: list[Variant]) -> tuple[KVCache, list[Variant]]:
@@ -367,6 +382,10 @@ class _Opening:
                 f"give at most {longest}",
             )
         return asked
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _longest(config: Any) -> int | None:

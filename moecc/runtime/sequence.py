@@ -17,7 +17,7 @@ class Sequence:
         order: arrival number, unique among the sequences an engine holds.
         arrived, started, first_token: `time.monotonic()` seconds; None for what did not happen.
         deadline: when it ends with `timeout`, on the same clock; None: never.
-        tokens: the prompt, then what was generated.
+        tokens: the prompt, then what was generated; below zero those that are not known here yet.
         computed: how many of them have their keys and values in the cache, from the first.
         blocks: of the cache, in the order of the tokens; empty unless it is admitted.
     """

@@ -457,7 +457,7 @@ def _direct(
     known = tl.maximum(expert, 0)
     row = route // k
     # The least the matrix units take is four tokens: the same one four times.
-    columns = row * 2 * padded_in + tl.arange(0, 8) % 2 * padded_in
+    columns = row.to(tl.int64) * 2 * padded_in + tl.arange(0, 8) % 2 * padded_in
     if TERMS == 1 or tl.program_id(2) == 0:
         slot = tl.where(expert < 0, -1, tl.load(table + known))
         result = _product(
@@ -513,7 +513,7 @@ def _blocked(
     start = _start(tl.program_id(0) // blocks, padded_out, ROWS)
     column = tl.arange(0, 2 * BLOCK)
     row = tl.maximum(tl.load(order + block * BLOCK + column // 2), 0) // k
-    columns = row * 2 * padded_in + column % 2 * padded_in
+    columns = row.to(tl.int64) * 2 * padded_in + column % 2 * padded_in
     result = _product(
         x, columns, high, low, scales, slot, start, in_features, padded_out,
         CODING, ROWS, BLOCK, STAGES,
