@@ -144,7 +144,7 @@ class Bench:
 
     def close(self) -> None:
         if self.device.type == "cuda":
-            devices.unpin(self.host)
+            devices.release(self.device, self.host)
 
     def _variant(self) -> int:
         """The next one in turn."""
