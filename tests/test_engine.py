@@ -7,6 +7,7 @@ answer. `expected` is that function, without an engine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import random
@@ -221,6 +222,7 @@ class Bench:
             "patience": 0.0,
             "encodes": False,
             "tokenizer": Letters(),
+            "scope": contextlib.nullcontext,
         } | options
         self.model = runner or Model()
         self.rows = Rows(o["mode"])
@@ -245,6 +247,7 @@ class Bench:
             scheduler=self.scheduler,
             policy=o["policy"],
             memory={"experts": 1, "non_expert": 2, "kv": 3},
+            scope=o["scope"],
             on_quiet=lambda: None,
             close=self._on_close,
             encodes=o["encodes"],
@@ -880,6 +883,23 @@ class TestPreemption:
             assert client.tokens == found
 
 
+def test_scope(make: Callable[..., Bench]) -> None:
+    """What makes a GPU the thread's is entered by the engine's thread, and left by it."""
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def scope() -> Iterator[None]:
+        entered.append(threading.current_thread().name)
+        yield
+        entered.append("left")
+
+    bench = make(scope=scope)
+    assert bench.ask(max_tokens=2).reason == "length"
+    assert entered == ["moecc-engine"]
+    bench.close()
+    assert entered == ["moecc-engine", "left"]
+
+
 class TestFailures:
     """A model that does not do as it should."""
 
@@ -961,12 +981,13 @@ class TestFailures:
         bench.model.before = lambda parts: None
         assert bench.ask(id="x", max_tokens=1).reason == "length"
 
+    @pytest.mark.parametrize("of", ["CUDA error", "Triton Error [CUDA]"])
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-    def test_a_lost_device(self, make: Callable[..., Bench]) -> None:
+    def test_a_lost_device(self, make: Callable[..., Bench], of: str) -> None:
         bench = make(seqs=2)
 
         def fail(parts: Sequence[Part]) -> None:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError(f"{of}: an illegal memory access was encountered")
 
         with bench.hold() as hold:
             clients = [bench.ask()]

@@ -14,13 +14,15 @@ import torch
 from served import VARIANTS, Built, Passes
 from torch import Tensor
 
+from moecc.artifact import Artifact
 from moecc.kernels.norm import Norm
 from moecc.runtime import fused, loading, opening
 from moecc.runtime.decoder import Decoder, Tokens, recognized
+from moecc.runtime.engine import Variant
 from moecc.runtime.fused import FusedRunner
 from moecc.runtime.opening import open_engine
 from moecc.runtime.options import Options
-from moecc.runtime.paged import Part
+from moecc.runtime.paged import PagedRunner, Part
 
 BLOCK = 4
 CPU = torch.device("cpu")
@@ -252,6 +254,20 @@ class OtherWeights(Decoder):
         self._head = self._head * 1.2
 
 
+class OneOther(Decoder):
+    """Reads larger weights of the last row: a variant's, where rows are."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._head = self._head.clone()
+        self._head[-1] *= 1.2
+
+
+class Raises(Decoder):
+    def __call__(self, *arguments: Any) -> Tensor:
+        raise RuntimeError("no such kernel\nin many lines")
+
+
 class NotFinite(Decoder):
     def __call__(self, *arguments: Any) -> Tensor:
         return super().__call__(*arguments) * torch.nan
@@ -286,6 +302,53 @@ def test_layers_that_differ_are_not_used(
     assert notes[0].endswith(", and are not used")
     assert (passes.fused, len(passes.parts) > 0) == (0, True)
     served.assert_same(requests, found, built.reference(artifact, "float32"), 0.98)
+
+
+@pytest.mark.parametrize(
+    ("other", "note"),
+    [
+        (OneOther, "our layers differ from transformers' by 0.2, and are not used"),
+        (Raises, "our layers do not run here, and are not used: no such kernel"),
+    ],
+)
+def test_other_reasons(
+    other: type[Decoder], note: str, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "on_gpu", lambda _: True)
+    monkeypatch.setattr(opening, "Decoder", other)
+    notes: list[str] = []
+    options = Options(mode="mixed", dtype="float32")
+    engine = open_engine(built.artifact("mixtral"), options, note=notes.append)
+    try:
+        assert isinstance(engine._runner, PagedRunner)
+    finally:
+        engine.close()
+    assert notes == [note]
+
+
+def test_without_graphs(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they cannot be captured the server starts without, and says so."""
+
+    def fail(runner: FusedRunner, on_progress: object) -> None:
+        runner._graphs[1] = fused._Graph(lambda: None, torch.zeros(1, 1))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FusedRunner, "capture", fail)
+    notes: list[str] = []
+    made = opening._Opening(
+        Artifact(built.artifact("mixtral")),
+        Options(),
+        torch.device("cuda", 0),
+        lambda *_: None,
+        notes.append,
+    )
+    runner = FusedRunner.__new__(FusedRunner)
+    runner._graphs = {}
+    monkeypatch.setattr(opening, "FusedRunner", lambda *_, **__: runner)
+    variant = Variant("a", None, frozenset(), served.VOCAB, 64)
+    assert made._runner(object(), None, None, [variant]) is runner  # type: ignore[arg-type]
+    assert runner._graphs == {}
+    assert notes == ["no CUDA graphs, which is slower: CUDA out of memory"]
 
 
 def test_layers_are_used_without_a_note(

@@ -1,7 +1,8 @@
 """The loop that turns requests into answers: one thread, one forward pass after the other.
 
-On a GPU the next pass is launched before the tokens of the last are known here: the device takes
-them from where it put them. A sequence that has ended by then has run one token too far.
+Where a runner runs ahead, the next pass is launched before the tokens of the last are known here:
+the device takes them from where it put them. A sequence that has ended by then has run one token
+too far.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ class PagedRunner:
 
     def __init__(self, residency: Residency, cache: KVCache, device: torch.device) -> None:
         self.cache = cache
-        self.runs_ahead = device.type == "cuda"
+        # Modeling code takes the host longer than the device: tokens would come later, not sooner.
+        self.runs_ahead = False
         self._residency = residency
         self._device = device
         self._last: Tensor = torch.zeros(1, dtype=torch.int64, device=device)
