@@ -25,7 +25,7 @@ from moecc.errors import BusyError, MoeccError, RequestError, StoppedError
 from moecc.runtime.engine import Engine, Variant
 from moecc.runtime.paged import PagedRunner, Part
 from moecc.runtime.request import Finish, Output, Request, Sampling, Stats
-from moecc.runtime.sampling import Choice, choose
+from moecc.runtime.sampling import Choice, pick
 from moecc.runtime.scheduler import Scheduler
 from moecc.runtime.static import StaticRunner
 
@@ -52,7 +52,10 @@ def expected(variant: str, prompt: Sequence[int], count: int, **sampling: Any) -
     choice = Choice(Sampling(**(GREEDY | sampling)), prompt)
     tokens = list(prompt)
     for _ in range(count):
-        [(token, _)] = choose(scores(NAMES.index(variant), tokens)[None], [choice])
+        logits = scores(NAMES.index(variant), tokens)[None]
+        [chosen] = pick(logits, [choice], [choice.key]).result()
+        assert chosen is not None
+        token = chosen[0]
         choice.observe(token)
         tokens.append(token)
     return tokens[len(prompt) :]

@@ -32,20 +32,12 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIXES = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
-class LogitsError(ValueError):
-    """No token can be chosen in `rows`: their logits hold NaN or +inf, or are all -inf."""
-
-    def __init__(self, rows: tuple[int, ...]) -> None:
-        super().__init__(f"logits are not finite in row {', '.join(map(str, rows))}")
-        self.rows = rows
-
-
 class Choice:
     """How one sequence chooses its tokens, and what that needs of its past.
 
     Attributes:
-        key: an int64 that decides the next token. Only `observe` draws another, so that a step
-            may be done again.
+        key: an int64 that decides the next token. Only `observe` goes on to another, so that a
+            step may be done again.
         tokens, counts: those that penalties look at, and how often each was generated.
     """
 
@@ -151,19 +143,6 @@ def pick(logits: Tensor, choices: Sequence[Choice], keys: Sequence[int]) -> Pick
             values[rows], [choices[row] for row in drawn], [keys[row] for row in drawn]
         )
     return Picked(tokens, finite, logits, choices)
-
-
-def choose(logits: Tensor, choices: Sequence[Choice]) -> list[tuple[int, TokenLogprob | None]]:
-    """The token of every row of floating [R, vocab], and its log probabilities if asked for.
-
-    All tokens of the choices are in the vocabulary. Nothing changes before `Choice.observe`.
-    Raises LogitsError, naming the rows; the others may then be chosen without them.
-    """
-    found = pick(logits, choices, [choice.key for choice in choices]).result()
-    chosen = [entry for entry in found if entry is not None]
-    if len(chosen) < len(found):
-        raise LogitsError(tuple(row for row, entry in enumerate(found) if entry is None))
-    return chosen
 
 
 def _is_plain(choice: Choice) -> bool:
