@@ -39,6 +39,11 @@ def rms_norm(x: Tensor, norm: Norm, variants: Tensor) -> Tensor:
         from moecc.kernels.gpu.norm import rms_norm as launch
 
         return launch(x, norm, variants)
+    return normed(x, norm.weight[variants.long()], norm.eps)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The reference, over the last axis of any `x`, with weights that broadcast to it."""
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
-    return norm.weight[variants.long()] * wide.to(x.dtype)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moecc.kernels.device import on_gpu
+from moecc.kernels.norm import normed
 
 
 def rotate_and_store(
@@ -35,24 +36,9 @@ def rotate_and_store(
     first. Everything is rounded where transformers rounds it. The launch right before this one
     must not be what writes `positions` or `rows`.
     """
-    if not on_gpu(q):
-        return _rotate_and_store(
-            q,
-            k,
-            v,
-            inv_freq,
-            positions,
-            slots,
-            cache_k,
-            cache_v,
-            rows,
-            q_norm,
-            k_norm,
-            eps,
-            attention_scaling,
-        )
-    from moecc.kernels.gpu.rotary import rotate_and_store as launch
-
+    launch = _rotate_and_store
+    if on_gpu(q):
+        from moecc.kernels.gpu.rotary import rotate_and_store as launch
     return launch(
         q,
         k,
@@ -87,9 +73,9 @@ def _rotate_and_store(
 ) -> Tensor:
     index = torch.zeros_like(positions) if rows is None else rows
     if q_norm is not None:
-        q = _normed(q, q_norm[index.long()], eps)
+        q = normed(q, q_norm[index.long(), None], eps)
     if k_norm is not None:
-        k = _normed(k, k_norm[index.long()], eps)
+        k = normed(k, k_norm[index.long(), None], eps)
     freqs = positions[:, None].float() * inv_freq[index.long()]
     angles = torch.cat([freqs, freqs], dim=-1)[:, None]
     cos = (angles.cos() * attention_scaling).to(q.dtype)
@@ -98,13 +84,6 @@ def _rotate_and_store(
     cache_k[slots[kept]] = _rotated(k, cos, sin)[kept]
     cache_v[slots[kept]] = v[kept]
     return _rotated(q, cos, sin)
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last axis of x [tokens, heads, dim], weight [tokens, dim]."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight[:, None] * wide.to(x.dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moecc.errors import RuntimeUnfitError
 from moecc.kernels import attention as kernels
-from moecc.kernels.device import has_kernels, on_gpu
+from moecc.kernels.device import on_gpu
 from moecc.runtime import step
 
 NAME = "moecc"
@@ -118,22 +118,21 @@ class Plan:
         self.cache = cache
         self.device = device
         self.writes = torch.cat([self._slots(p)[p.context :] for p in pieces])
-        if has_kernels(device):
-            self._for_kernels()
         self.prefills = [p for p in pieces if p.stop - p.start > 1]
 
-    def _for_kernels(self) -> None:
-        """What the kernels want to know, all int32: see `kernels.attention`."""
+    @cached_property
+    def for_kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(tables, sequences, lengths) of `kernels.attention`, all int32."""
         longest = max(len(p.blocks) for p in self.pieces)
         tables = [[*p.blocks, *[0] * (longest - len(p.blocks))] for p in self.pieces]
         counts = [p.stop - p.start for p in self.pieces]
         sequences = [i for i, count in enumerate(counts) for _ in range(count)]
         lengths = [p.context + 1 + i for p in self.pieces for i in range(p.stop - p.start)]
-        self.tables, self.sequences, self.lengths = (
-            torch.tensor(values, dtype=torch.int32, device=self.device)
-            for values in (tables, sequences, lengths)
-        )
-        self.spans = [(p.start, p.stop, i) for i, p in enumerate(self.pieces)]
+
+        def tensor(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        return tensor(tables), tensor(sequences), tensor(lengths)
 
     def _slots(self, piece: Piece) -> Tensor:
         """Where each token of a sequence is in the cache, int64 [length]."""
@@ -295,6 +294,7 @@ def paged_attention(
 def _with_kernels(q: Tensor, plan: Plan, layer: int, form: _Form, sinks: Tensor | None) -> Tensor:
     """[rows, heads, dim]; rows of prompts share what they read, where there are many."""
     keys, values = plan.cache.tensors(layer)
+    tables, sequences, lengths = plan.for_kernels
     options: dict[str, Any] = {
         "block_size": plan.cache.block_size,
         "scaling": form.scaling,
@@ -303,9 +303,10 @@ def _with_kernels(q: Tensor, plan: Plan, layer: int, form: _Form, sinks: Tensor 
         "sinks": sinks,
     }
     if len(q) <= kernels.FEW_ROWS:
-        return kernels.attend(q, keys, values, plan.tables, plan.sequences, plan.lengths, **options)
-    tiles = kernels.tiles_of(plan.spans, q.shape[1], keys.shape[1], q.device)
-    return kernels.prefill(q, keys, values, plan.tables, tiles, plan.lengths, **options)
+        return kernels.attend(q, keys, values, tables, sequences, lengths, **options)
+    spans = [(p.start, p.stop, i) for i, p in enumerate(plan.pieces)]
+    tiles = kernels.tiles_of(spans, q.shape[1], keys.shape[1], q.device)
+    return kernels.prefill(q, keys, values, tables, tiles, lengths, **options)
 
 
 def _mask(positions: Tensor, length: int, form: _Form) -> Tensor:
