@@ -23,7 +23,8 @@ from torch import Tensor
 
 from moecc.errors import BusyError, MoeccError, RequestError, StoppedError
 from moecc.runtime.engine import Engine, Variant
-from moecc.runtime.paged import PagedRunner, Part
+from moecc.runtime.fused import FusedRunner
+from moecc.runtime.paged import Part
 from moecc.runtime.request import Finish, Output, Request, Sampling, Stats
 from moecc.runtime.sampling import Choice, pick
 from moecc.runtime.scheduler import Scheduler
@@ -70,7 +71,7 @@ class Letters:
         return "".join(chr(64 + t) for t in tokens if t != END or not skip_special_tokens)
 
 
-class Model(PagedRunner):
+class Model(FusedRunner):
     """`before` runs at the start of a pass, `after` may change its logits."""
 
     ahead = False  # as on a GPU: tokens of a pass are not known when the next one starts

@@ -361,7 +361,7 @@ class Engine:
         if sampled:
             keys = [a.choice.foresee() if a in unknown else a.choice.key for a in sampled]
             picked = pick(logits, [answer.choice for answer in sampled], keys)
-            if runner.runs_ahead:
+            if isinstance(runner, FusedRunner) and runner.runs_ahead:
                 runner.keep(picked.tokens)
         places = [len(answer.sequence.tokens) for answer in sampled]
         with self._changed:
@@ -377,7 +377,8 @@ class Engine:
     def _may_wait(self, runner: PagedRunner | FusedRunner, flight: _Flight) -> bool:
         """Whether the next pass can be launched before this one's tokens are known."""
         alive = [answer for answer in flight.sampled if answer.sequence in self._of]
-        return runner.runs_ahead and bool(alive) and all(a.choice.is_free for a in alive)
+        ahead = isinstance(runner, FusedRunner) and runner.runs_ahead
+        return ahead and bool(alive) and all(a.choice.is_free for a in alive)
 
     def _land(self, flight: _Flight) -> None:
         """Takes in the tokens of a pass, and ends who was cancelled in the meantime."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from moecc.kernels.attention import FEW_ROWS, tiles_of
 from moecc.runtime.attention import KVCache
 from moecc.runtime.decoder import Decoder, Tokens
-from moecc.runtime.paged import Part, known
+from moecc.runtime.paged import Part
 from moecc.runtime.residency import Residency
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, FEW_ROWS)
@@ -35,7 +35,14 @@ class _Graph:
 
 
 class FusedRunner:
-    """As PagedRunner, for a Decoder whose rows the residency keeps."""
+    """As PagedRunner, for a Decoder whose rows the residency keeps.
+
+    A token below zero, `-1 - row`, is the one that `keep` was last given in that row.
+
+    Attributes:
+        runs_ahead: passes run while the next one is prepared. With transformers' modeling code,
+            which takes the host longer than the device, tokens would come later for it.
+    """
 
     def __init__(
         self,
@@ -103,11 +110,12 @@ class FusedRunner:
         return logits[:wanted]
 
     def keep(self, tokens: Tensor) -> None:
-        """As `PagedRunner.keep`."""
+        """The tokens int64 [n] that were chosen in the last pass."""
         self._last[: len(tokens)].copy_(tokens)
 
     def _compute(self, tokens: Tokens) -> Tensor:
-        ids = known(tokens.ids, self._last)
+        ids = tokens.ids
+        ids = torch.where(ids < 0, self._last[(-1 - ids).clamp(min=0)], ids)
         return self._decoder(replace(tokens, ids=ids), self._cache)
 
     def _outputs(self, size: int) -> int:

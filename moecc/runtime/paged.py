@@ -28,26 +28,18 @@ class Part:
 
 
 class PagedRunner:
-    """Passes over parts; `cache` may be replaced while nothing runs.
-
-    Attributes:
-        runs_ahead: passes run while the next one is prepared.
-    """
+    """Passes over parts; `cache` may be replaced while nothing runs."""
 
     def __init__(self, residency: Residency, cache: KVCache, device: torch.device) -> None:
         self.cache = cache
-        # Modeling code takes the host longer than the device: tokens would come later, not sooner.
-        self.runs_ahead = False
         self._residency = residency
         self._device = device
-        self._last: Tensor = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Logits of the parts that want them, [n, vocab] in their order.
 
-        `parts` are grouped by variant; of one variant only unless the residency is mixed. A token
-        below zero, `-1 - row`, is the one that `keep` was last given in that row.
+        `parts` are grouped by variant; of one variant only unless the residency is mixed.
         """
         model = self._residency.activate(parts[0].variant)
         running = self._step(parts)
@@ -55,16 +47,12 @@ class PagedRunner:
         positions = [part.context + i for part in parts for i in range(len(part.tokens))]
         with step.running(running):
             output = model(
-                input_ids=known(torch.tensor(ids, device=self._device), self._last)[:, None],
+                input_ids=torch.tensor(ids, device=self._device)[:, None],
                 position_ids=torch.tensor(positions, device=self._device)[:, None],
                 use_cache=False,
             )
         logits: Tensor = output.logits
         return logits[:, 0]
-
-    def keep(self, tokens: Tensor) -> None:
-        """The tokens int64 [n] that were chosen in the last pass."""
-        self._last = tokens
 
     def _step(self, parts: Sequence[Part]) -> step.Step:
         pieces, wanted, start = [], [], 0
@@ -83,8 +71,3 @@ class PagedRunner:
             output_rows=torch.tensor([row for _, row in ends], device=self._device),
             plan=Plan(pieces, self.cache, self._device),
         )
-
-
-def known(ids: Tensor, last: Tensor) -> Tensor:
-    """Token ids [n], of which those below zero are rows of `last`."""
-    return torch.where(ids < 0, last[(-1 - ids).clamp(min=0)], ids)
