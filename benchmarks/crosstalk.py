@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import random
 import tempfile
@@ -35,7 +34,7 @@ from memory import MODES, Server
 from rich.console import Console
 from rich.table import Table
 from scale import machine
-from tables import markdown
+from tables import save
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -348,9 +347,7 @@ def main() -> None:
     shown = summary(result)
     Console(width=max(console.width, 80)).print(shown)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        args.out.with_suffix(".md").write_text(markdown(shown), encoding="utf-8")
+        save(result, [shown], args.out)
     if differences:
         raise SystemExit(1)
 

@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from scale import machine
 from shapes import PROMPT_TOKENS, SHAPES, prompts
-from tables import markdown
+from tables import save
 
 from moecc.runtime.engine import Engine
 from moecc.runtime.opening import start_engine
@@ -507,14 +507,11 @@ def show(document: dict[str, Any], peers: Mapping[str, Any], out: Path | None) -
     Console(width=max(console.width, 160)).print(*shown)
     if out is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     title = (
         f"{document['shape']}, {document['device']}; a copy reads and writes "
         f"{document['copy_bytes_per_second'] / GB:.0f} GB/s"
     )
-    text = f"Decode steps, {title}:\n\n" + "\n".join(map(markdown, shown))
-    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    save(document, shown, out, f"Decode steps, {title}")
     lines = figures.lines()
     dashed = [name for name in lines if name.endswith("floor")]
     curves.plot([("ms a step", lines)], out.with_suffix(".png"), title, x="batch", dashed=dashed)

@@ -48,7 +48,7 @@ from rich.table import Table
 from scale import machine
 from shapes import PROMPT_TOKENS, SHAPES, prompts
 from slices import Generate, Service, Slice, services
-from tables import markdown
+from tables import save
 
 from moecc.errors import MoeccError
 from moecc.runtime import devices
@@ -535,14 +535,11 @@ def show(document: dict[str, Any], out: Path | None) -> None:
     Console(width=max(console.width, 190)).print(*shown)
     if out is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     title = (
         f"{document['shape']}, {document['device']}: Poisson arrivals, {PROMPT_TOKENS} prompt and "
         f"{OUTPUT_TOKENS} output tokens"
     )
-    text = f"{title}:\n\n" + "\n".join(map(markdown, shown))
-    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    save(document, shown, out, title)
     for variants in sorted({p["variants"] for p in document["points"]}):
         path = out.with_name(f"{out.stem}-{variants}.png")
         subtitle = f"{title}, {variants} variants"

@@ -16,7 +16,6 @@ its own originals, as `quality.py` does; then how often answers and routing chan
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -33,7 +32,7 @@ from quality import OURS, RESULTS, Form, add_arguments, consolidated, machine, m
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from tables import markdown
+from tables import save
 from torch import Tensor
 
 from moecc.errors import MoeccError
@@ -503,10 +502,7 @@ def main() -> None:
         "cases": [asdict(result) for result in results],
         "behavior": behaving,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    text = "\n".join(markdown(part) for part in shown if part.row_count)
-    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    save(document, [part for part in shown if part.row_count], args.out)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tables import markdown
+from tables import save
 
 from moecc.recipe import format_size
 from moecc.tensorfile import build_header
@@ -436,9 +436,7 @@ def main() -> None:
             "samples": {name: [asdict(s) for s in taken] for name, taken in samples.items()},
             "checks": results,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        args.json.with_suffix(".md").write_text("\n".join(map(markdown, shown)), encoding="utf-8")
+        save(document, shown, args.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ No artifact is needed:
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from scale import machine
 from shapes import SHAPES, expert_layers
-from tables import markdown
+from tables import save
 from torch import Tensor
 
 from moecc.manifest import StoredLayer
@@ -244,11 +243,7 @@ def main() -> None:
             "run_seconds": time.monotonic() - begin,
             "checks": checks,
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        args.out.with_suffix(".md").write_text(
-            f"{title}:\n\n" + "\n".join(map(markdown, shown)), encoding="utf-8"
-        )
+        save(document, shown, args.out, title)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 from rich.table import Table
+
+
+def save(document: dict[str, Any], shown: Iterable[Table], out: Path, heading: str = "") -> None:
+    """The figures as JSON in `out`, and their tables as Markdown beside it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    text = "\n".join(map(markdown, shown))
+    text = f"{heading}:\n\n{text}" if heading else text
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def markdown(table: Table) -> str:

@@ -601,6 +601,23 @@ def check_alternating(
     assert passes.turns >= (20 if policy == "grouped" else 5)
 
 
+def check_prefetches(
+    built: Built, passes: Passes, name: str, device: str = "cpu", dtype: str = "float32"
+) -> None:
+    """Most rows are there, or coming, before they are wanted."""
+    wanted: list[bool] = []
+    activate = Swap.activate
+
+    def spied(swap: Swap, variant: int) -> object:
+        wanted.append(swap.is_resident(variant))
+        return activate(swap, variant)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Swap, "activate", spied)
+        check_alternating(built, passes, name, "swap", "grouped", device, dtype)
+    assert wanted.count(False) <= 3
+
+
 def check_examples(
     built: Built, artifact: Path, mode: str, dtype: str, device: str = "cpu"
 ) -> None:
