@@ -7,8 +7,9 @@ forms, since a kernel reads few formats.
 What is minimized is the loss plus a price per byte: for a given price every expert decides alone,
 and for a given set of forms every member alone, so that each minimum is exact. The price is halved
 in on until the bytes fit (H. Everett, "Generalized Lagrange multiplier method", 1963). The sets
-are all those of the forms that would be chosen most without the limit. What then remains of the
-budget goes to single experts, the most loss saved per byte first.
+are all those of the forms that would be chosen most without the limit; where they are too few for a
+set, those of lower prices join them. What then remains of the budget goes to single experts, the
+most loss saved per byte first.
 """
 
 from __future__ import annotations
@@ -106,10 +107,10 @@ def _spend_rest(solvers: Sequence[_Layer], price: float, nbytes: int) -> list[li
     parts = [np.zeros(len(solution.nbytes), dtype=np.int64) for solution in chosen]
     tried = [[solution] for solution in chosen]
     left = nbytes - sum(int(solution.nbytes.sum()) for solution in chosen)
-    for part in _CHEAPER:
+    for lower in _lower(price):
         steps = []
         for i, solver in enumerate(solvers):
-            new = solver.solve(price * part * (1 - 1e-9))
+            new = solver.solve(lower)
             tried[i].append(new)
             for e, old in enumerate(parts[i]):
                 more = new.nbytes[e] - tried[i][old].nbytes[e]
@@ -123,6 +124,11 @@ def _spend_rest(solvers: Sequence[_Layer], price: float, nbytes: int) -> list[li
         [tried[i][part].describe(solver, e) for e, part in enumerate(parts[i])]
         for i, solver in enumerate(solvers)
     ]
+
+
+def _lower(price: float) -> list[float]:
+    """Prices at which the rest is spent: first one at which those that tie take more bytes."""
+    return [price * part * (1 - 1e-9) for part in _CHEAPER]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,29 +191,43 @@ class _Layer:
 
     def choose_sets(self, price: float) -> None:
         """Limits every projection to its best few forms at a price per byte."""
-        free = [np.ones_like(allowed) for allowed in self.allowed]
-        self.allowed = free
+        self.allowed = [np.ones_like(allowed) for allowed in self.allowed]
+        uses = [self._uses(each) for each in (price, *_lower(price))]
+        clusters, _ = uses[0]
+        self.allowed = [
+            self._best_set(p, price, clusters, np.stack([counts[p] for _, counts in uses]))
+            for p in range(len(self.allowed))
+        ]
+
+    def _uses(
+        self, price: float
+    ) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
+        """The clusters chosen at a price, and per projection how many members have each form."""
         solution = self.solve(price)
         chosen = np.take_along_axis(self.options, solution.option[:, None, None], 1).ravel()
         chosen = np.unique(chosen[chosen < len(self.choices.clusters)])
         members = self.choices.shares[chosen] > 0
-        self.allowed = [
-            self._best_set(p, price, chosen, forms[chosen][members])
-            for p, forms in enumerate(solution.forms)
-        ]
+        count = len(self.choices.forms)
+        return chosen, [np.bincount(f[chosen][members], minlength=count) for f in solution.forms]
 
     def _best_set(
-        self, p: int, price: float, clusters: npt.NDArray[np.int64], used: npt.NDArray[np.int64]
+        self,
+        p: int,
+        price: float,
+        clusters: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.bool_]:
-        """The set of forms at which the clusters cost least; `used` are those of a free choice."""
-        counts = np.bincount(used, minlength=len(self.choices.forms))
-        order = np.argsort(-counts, kind="stable")
-        shortlist = sorted(int(f) for f in order[:SHORTLIST] if counts[f])
-        best, least = np.isin(np.arange(len(counts)), shortlist), np.inf
+        """The set of forms at which the clusters cost least.
+
+        `counts` [prices, F]: how often a free choice takes each, at this price and at lower ones.
+        """
+        order = [int(f) for f in np.lexsort(-counts[::-1]) if counts[:, f].any()]
+        shortlist = sorted(f for f in order[:SHORTLIST] if counts[0, f])
         if len(shortlist) <= MOST_FORMS:
-            return best
+            return np.isin(np.arange(counts.shape[1]), order[:MOST_FORMS])
+        best, least = np.isin(np.arange(counts.shape[1]), shortlist), np.inf
         for forms in itertools.combinations(shortlist, MOST_FORMS):
-            allowed = np.isin(np.arange(len(counts)), forms)
+            allowed = np.isin(np.arange(counts.shape[1]), forms)
             cost = float(self._best(p, price, allowed, clusters).costs.sum())
             if cost < least:
                 best, least = allowed, cost

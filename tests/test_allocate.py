@@ -417,6 +417,33 @@ def test_the_smallest_choice_is_the_smallest(found: list[LayerChoices]) -> None:
     check(found, chosen)
 
 
+@pytest.mark.parametrize(("budget", "lost"), [(432, 0.31), (1312, 0.19), (2192, 0.07), (3072, 0)])
+def test_forms_that_only_a_lower_price_takes_are_in_the_set(budget: int, lost: float) -> None:
+    """Two experts tie at the price that leads here, at which both have two bits: found by chance.
+
+    Then 16 bits had no place among the forms, although they fit one of both.
+    """
+    forms = tuple(map(Form.parse, ("16bit", "2bit-g64", "exact")))
+    ties, other = (1e-6, 0.12, 0.0), (6e-7, 0.07, 0.0)
+
+    def layer(*losses: tuple[float, ...]) -> LayerChoices:
+        tables = [np.full((1, 2, 3, 1), np.inf) for _ in losses]
+        for table, own in zip(tables, losses, strict=True):
+            table[0, 0, :, 0] = own
+        return LayerChoices(
+            clusters=((0,),),
+            options=(((0,),),),
+            forms=forms,
+            losses=tuple(tables),
+            shares=np.ones((1, 1)),
+            center_bytes=(np.array([1024, 144, 1024]),) * len(losses),
+            residual_bytes=(np.zeros(3, dtype=np.int64),) * len(losses),
+        )
+
+    nbytes, found = total(allocate([layer(ties), layer(ties, other)], budget))
+    assert (nbytes, found) == (budget, pytest.approx(lost, abs=1e-12))
+
+
 def test_what_is_left_goes_to_single_experts() -> None:
     """Four equal experts: the price alone would take all of them or none."""
     layer = by_hand(experts=4)
