@@ -199,9 +199,7 @@ class _Layer:
             for p in range(len(self.allowed))
         ]
 
-    def _uses(
-        self, price: float
-    ) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
+    def _uses(self, price: float) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
         """The clusters chosen at a price, and per projection how many members have each form."""
         solution = self.solve(price)
         chosen = np.take_along_axis(self.options, solution.option[:, None, None], 1).ravel()

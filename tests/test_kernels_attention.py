@@ -22,14 +22,16 @@ SHAPES = [
     (6, 2, 24, 40),
     (4, 4, 192, 128),
 ]
+# Without options, with each alone, with all.
 FORMS: list[dict[str, Any]] = [
     {},
     {"window": 20},
     {"softcap": 5.0},
-    {"window": 40, "softcap": 5.0, "sinks": True},
     {"sinks": True},
+    {"window": 40, "softcap": 5.0, "sinks": True},
 ]
 LENGTHS = [0, 1, 15, 16, 17, 45, 300, 0]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def places(table: Tensor, length: int, block_size: int) -> Tensor:
 def expected(
     c: Case, window: int | None = None, softcap: float | None = None, **_: object
 ) -> Tensor:
-    """In float64, one row and head at a time."""
+    """In float64, one row at a time."""
     q, cache_k, cache_v = (t.cpu().double() for t in (c.q, c.cache_k, c.cache_v))
     out = torch.zeros(*q.shape[:2], cache_v.shape[2], dtype=torch.float64)
     group = q.shape[1] // cache_k.shape[1]
@@ -139,14 +141,14 @@ def expected(
             continue
         first = 0 if window is None else max(0, length - window)
         slots = places(c.tables[sequence], length, c.block_size)[first:]
-        for head in range(q.shape[1]):
-            scores = cache_k[slots, head // group] @ q[row, head] * q.shape[2] ** -0.5
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            if c.sinks is not None:
-                scores = torch.cat([scores, c.sinks[row, head, None].cpu().double()])
-            weights = scores.softmax(0)[: len(slots)]
-            out[row, head] = weights @ cache_v[slots, head // group]
+        keys, values = (t[slots].repeat_interleave(group, 1) for t in (cache_k, cache_v))
+        scores = torch.einsum("hd,nhd->hn", q[row], keys) * q.shape[2] ** -0.5
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if c.sinks is not None:
+            scores = torch.cat([scores, c.sinks[row, :, None].cpu().double()], 1)
+        weights = scores.softmax(1)[:, : len(slots)]
+        out[row] = torch.einsum("hn,nhd->hd", weights, values)
     return out
 
 

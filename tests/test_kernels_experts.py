@@ -42,6 +42,14 @@ FORMS: dict[str, list[list[str]]] = {
     "everything": [["16", "4bit"], ["2bit", "rank"]],
 }
 GROUPS = {"4bit": 32, "2bit": 0, "3bit": 64, "6bit": 128, "1bit": 0, "5bit": 32}
+# How much more than a whole result a row of it may be off, and an element. Values are rounded to
+# bfloat16 about nine times on their way (normed, scaled, gate, up, activation, product, down, sum,
+# residual), each time by 2^-9.2 of themselves in root mean square and by 2^-8 at most. Of a whole
+# result that is sqrt(9) * 2^-9.2 = 0.005. Where few inner values are most of an expert's output
+# their roundings do not average out: of some 1500 rows the worst is off by up to 0.017 in
+# simulations of the cases here, the worst element by 0.04: nine times 2^-8, and what activations
+# make of it. Half as much again is allowed, where a whole result may be off by 0.01.
+ROW, ELEMENT = 2.5, 6.0
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -88,6 +96,24 @@ def projection(
     return Projection(tuple(terms), out, bias), values
 
 
+def deviation(found: Tensor, parts: Tensor) -> float:
+    """How far `found` [T, H] is from the sums of float64 [T, k, H], relative.
+
+    That of all rows together, of the worst row over ROW or of the worst element over ELEMENT,
+    whichever is most. A row may cancel, so that it is held against the norms of its parts, and so
+    is an element that is small.
+    """
+    if not len(found):
+        return 0.0
+    wanted = parts.sum(1)
+    off = found.double() - wanted
+    norms = parts.norm(dim=-1).sum(1, keepdim=True)
+    rows = off.norm(dim=-1, keepdim=True) / norms
+    elements = off.abs() / torch.maximum(wanted.abs(), norms / parts.shape[-1] ** 0.5)
+    whole = off.norm() / wanted.norm()
+    return float(torch.stack([whole, rows.max() / ROW, elements.max() / ELEMENT]).max())
+
+
 @dataclass(frozen=True)
 class Case:
     """Experts of a layer, and what they make of fresh tokens."""
@@ -102,7 +128,7 @@ class Case:
     device: str = "cpu"
 
     def error(self, tokens: int, fan: int, one: bool = False) -> float:
-        """Of fresh tokens; the largest of a token, relative. Of one expert, or any of them."""
+        """`deviation` of fresh tokens' results. Of one expert, or any of them."""
         size = self.matrices[0].shape[2]
         x = torch.randn(tokens, size + 8)[:, :size]
         variants = torch.randint(0, VARIANTS, (tokens,)).int()
@@ -128,18 +154,17 @@ class Case:
             residual=residual if self.added else None,
         )
         assert found.dtype == self.dtype
-        wanted = self.expected(x, physical, routing, variants)
+        parts = self.parts(x, physical, routing, variants)
         if self.added:
-            wanted += residual.double()
+            parts = torch.cat([parts, residual.double()[:, None]], 1)
         kept = (physical >= 0).any(1)
         idle = ~kept
         idle[none:][:1] = False  # what it holds is not said
         assert torch.equal(found[idle], (residual if self.added else residual * 0)[idle])
-        off = (found.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-        return float(off[kept].max()) if kept.any() else 0.0
+        return deviation(found[kept], parts[kept])
 
-    def expected(self, x: Tensor, physical: Tensor, routing: Tensor, variants: Tensor) -> Tensor:
-        """float64 [T, H]."""
+    def parts(self, x: Tensor, physical: Tensor, routing: Tensor, variants: Tensor) -> Tensor:
+        """float64 [T, k, H], what each route adds to the result."""
         wide = x.double().nan_to_num()
         if self.norm is not None:
             wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.norm.eps)
@@ -148,8 +173,7 @@ class Case:
         gate, up = hidden.chunk(2, -1)
         inner = ACTIVATIONS[self.activation](gate) * up
         out = applied(inner, physical.view(-1, 1), self.down, self.matrices[1])
-        out = out.view(*physical.shape, -1) * routing.double()[..., None]
-        return out.masked_fill(physical[..., None] < 0, 0.0).sum(1)
+        return out.view(*physical.shape, -1) * routing.double()[..., None]
 
     def _put(self, x: Tensor) -> Tensor:
         wide = torch.empty_strided(x.shape, x.stride(), dtype=self.dtype, device=self.device)
@@ -227,8 +251,7 @@ class TestExperts:
             found = project(x, physical, own)
             wanted = applied(x.double(), physical, own, matrices)
             kept = physical.view(-1) >= 0
-            off = (found[kept] - wanted[kept]).norm() / wanted[kept].norm()
-            assert float(off) < tolerance(form)
+            assert deviation(found[kept], wanted[kept, None]) < tolerance(form)
 
 
 class TestProjection:

@@ -93,13 +93,14 @@ class TestReference:
         x = torch.randn(5, 100)
         order = torch.tensor([3, 0, -1, -1, 1, 2, 5, 7, 9, 4, -1, -1], dtype=torch.int32)
         owners = torch.tensor([2, 0, -1], dtype=torch.int32)
-        out = torch.full((2, 10, 20), torch.nan)
-        packed.blocked(packed.digits(x), slots, order, owners, 2, out)
+        out = torch.full((4, 10, 20), torch.nan)
+        packed.blocked(packed.digits(x), [(slots, order, owners), (slots, order, owners)], 2, out)
         physical = [2, 0, 0, 2, -1, 0, -1, 0, -1, -1]
         used = [route for route, slot in enumerate(physical) if slot >= 0]
         expected = products(x, [values], [[0, 1, 2]], physical, 2)
-        assert distance(out.sum(0)[used], expected[used]) < 1e-6
-        assert out[:, [4, 6, 8, 9]].isnan().all()
+        for parts in out.split(2):  # of each term
+            assert distance(parts.sum(0)[used], expected[used]) < 1e-6
+            assert parts[:, [4, 6, 8, 9]].isnan().all()
 
     @pytest.mark.parametrize("activation", sorted(packed.ACTIVATIONS))
     def test_gated_digits(self, activation: str) -> None:
@@ -116,11 +117,15 @@ class TestReference:
     @pytest.mark.parametrize("added", [False, True])
     def test_reduced(self, added: bool) -> None:
         partials, weights = torch.randn(2, 6, 8), torch.rand(3, 2)
+        partials[:, [1, 4, 5]] = torch.nan  # of routes that are none
+        physical = torch.tensor([[3, -1], [0, 0], [-1, -1]], dtype=torch.int32)
         residual = torch.randn(3, 8) if added else None
-        expected = (partials.double().sum(0).view(3, 2, 8) * weights.double()[..., None]).sum(1)
+        routes = partials.double().nan_to_num().sum(0).view(3, 2, 8)
+        expected = (routes * weights.double()[..., None]).sum(1)
         if residual is not None:
             expected += residual.double()
-        assert distance(packed.reduced(partials, weights, residual, torch.float32), expected) < 1e-6
+        found = packed.reduced(partials, physical, weights, residual, torch.float32)
+        assert distance(found, expected) < 1e-6
 
 
 class TestSplits:

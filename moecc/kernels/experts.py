@@ -21,17 +21,20 @@ from moecc.lowrank import expand
 
 # Up to so many routes each reads packed weights by itself.
 _DIRECT_ROUTES = 8
-_LEAST_BLOCK, _MOST_BLOCK = 4, 32
+_LEAST_BLOCK, _MOST_BLOCK = 4, 16
+_BLOCKED_PROGRAMS = 5200  # some waves, so that the last one is no large part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
     """`slots` int32 [physical], negative where an expert has nothing of `stored`: matrices
     [slots, out, in], packed ones, or two factors [slots, out, rank] and [slots, rank, in].
+    `complete` says that every expert is known to have something of it.
     """
 
     slots: Tensor
     stored: Tensor | PackedSlots | tuple[Tensor, Tensor]
+    complete: bool = False
 
     @property
     def count(self) -> int:
@@ -79,9 +82,14 @@ class Projection:
         return stored if len(self.terms) == 1 and isinstance(stored, Tensor) else None
 
     @property
+    def coded(self) -> list[tuple[Term, PackedSlots]]:
+        """The terms that are packed."""
+        return [(t, t.stored) for t in self.terms if isinstance(t.stored, PackedSlots)]
+
+    @property
     def packed(self) -> bool:
         """Whether all of it is packed."""
-        return all(isinstance(term.stored, PackedSlots) for term in self.terms)
+        return len(self.coded) == len(self.terms)
 
 
 def experts(
@@ -121,7 +129,7 @@ def experts(
         x = x if norm is None else rms_norm(x, norm, variants)
         partials = _partials(x, physical.shape[1], sorted_routes, first)
     if down.packed and first.bias is None:
-        parts = _direct_splits(down, physical.numel()) or 1
+        parts = _splits(down, physical.numel())
         digits = packed.gated_digits(partials, activation, x.dtype, parts)
         partials = _partials(None, 1, sorted_routes, down, digits)
     else:
@@ -129,7 +137,7 @@ def experts(
         acted = ACTIVATIONS[activation](gate) * up
         partials = _partials(acted, 1, sorted_routes, down)
     if down.bias is None:
-        return packed.reduced(partials, routing, residual, x.dtype)
+        return packed.reduced(partials, physical, routing, residual, x.dtype)
     from moecc.kernels.gpu.experts import combined
 
     return combined(partials.sum(0).to(x.dtype), physical, routing, down.bias, residual)
@@ -223,25 +231,25 @@ def _partials(
     """
     routes = sorted_routes.physical
     shape = (len(routes), projection.out_features)
-    if digits is None and any(isinstance(t.stored, PackedSlots) for t in projection.terms):
+    if digits is None and projection.coded:
         assert x is not None
         digits = packed.digits(x)
-    direct = _direct_splits(projection, len(routes))
-    if digits is not None and direct is not None:
-        terms = [(t.stored, t.slots) for t in projection.terms if isinstance(t.stored, PackedSlots)]
-        out = torch.empty(len(terms) * direct, *shape, device=routes.device)
-        packed.direct(digits, terms, routes, fan, out)
+    splits, coded = _splits(projection, len(routes)), projection.coded
+    # A term leaves the rows of experts as they are that have nothing of it.
+    direct = _is_direct(projection, len(routes))
+    new = torch.empty if direct or all(t.complete for t in projection.terms) else torch.zeros
+    plain = len(projection.terms) - len(coded)
+    out = new(len(coded) * splits + plain, *shape, device=routes.device)
+    if digits is not None and direct:
+        packed.direct(digits, [(c, t.slots) for t, c in coded], routes, fan, out)
         return out
-    splits = [_splits(term, len(routes)) for term in projection.terms]
-    out = torch.zeros(sum(splits), *shape, device=routes.device)
-    for term, part in zip(projection.terms, torch.split(out, splits), strict=True):
-        if isinstance(term.stored, PackedSlots):
-            assert digits is not None
-            order, owners = sorted_routes.blocks(term, _block(len(routes), term.count))
-            packed.blocked(digits, term.stored, order, owners, fan, part)
-        else:
-            assert x is not None
-            _add_plain(x, fan, term, sorted_routes, part[0])
+    if digits is not None:
+        terms = [(c, *sorted_routes.blocks(t, _block(len(routes), t.count))) for t, c in coded]
+        packed.blocked(digits, terms, fan, out[: len(coded) * splits])
+    others = [term for term in projection.terms if not isinstance(term.stored, PackedSlots)]
+    for term, part in zip(others, out[len(coded) * splits :], strict=True):
+        assert x is not None
+        _add_plain(x, fan, term, sorted_routes, part)
     return out
 
 
@@ -260,25 +268,28 @@ def _add_plain(x: Tensor, fan: int, term: Term, sorted_routes: _Sorted, out: Ten
         x, fan = into, 1
 
 
-def _direct_splits(projection: Projection, routes: int) -> int | None:
-    """Sums a product is split into where every route reads packed weights by itself."""
-    terms = projection.terms
-    if not (projection.packed and routes <= _DIRECT_ROUTES >= len(terms)):
-        return None
-    stored = terms[0].stored
-    assert isinstance(stored, PackedSlots)
-    return packed.splits(stored, len(terms) * routes)
+def _is_direct(projection: Projection, routes: int) -> bool:
+    """Whether every route reads packed weights by itself."""
+    return projection.packed and routes <= _DIRECT_ROUTES >= len(projection.terms)
 
 
-def _splits(term: Term, routes: int) -> int:
-    if not isinstance(term.stored, PackedSlots):
+def _splits(projection: Projection, routes: int) -> int:
+    """Sums that the products with each packed term are split into."""
+    coded = projection.coded
+    if not coded:
         return 1
-    return packed.splits(term.stored, min(routes, term.count))
+    if _is_direct(projection, routes):
+        return packed.splits(coded[0][1], len(coded) * routes)
+    blocks = sum(min(routes, term.count) for term, _ in coded)
+    return packed.splits(coded[0][1], blocks, _BLOCKED_PROGRAMS)
 
 
 def _block(routes: int, slots: int) -> int:
-    """Routes in a block of packed products: about as many as share a slot."""
-    shared = -(-routes // min(routes, slots))
+    """Routes in a block of packed products: half as many again as share a slot, on average.
+
+    Then few slots need a second block, which unpacks their weights once more.
+    """
+    shared = -(-3 * routes // (2 * min(routes, slots)))
     return min(_MOST_BLOCK, max(_LEAST_BLOCK, 1 << (shared - 1).bit_length()))
 
 

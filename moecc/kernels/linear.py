@@ -18,13 +18,15 @@ from moecc.kernels.norm import Norm, rms_norm
 class Rows:
     """Which variant each row of a batch is of: `variants` int32 [n], each below `count`.
 
-    A negative one says that the row is none, and that nothing is computed for it. Kernels read
+    About `together` of them share a batch: launches are cut for that, whatever the rows say. A
+    negative one says that the row is none, and that nothing is computed for it. Kernels read
     them before the launch right before theirs is done: it must not be what writes them. The rows
     sorted into blocks are made once a pass, for all of its layers.
     """
 
     variants: Tensor
     count: int
+    together: int = 1
     _blocks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def blocks(self, size: int) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,9 @@ class Digits:
 
 # Stored matrices, and int32 [physical] of their slots (negative: zeros) per physical expert.
 Term = tuple[PackedSlots, Tensor]
+# Stored matrices, and routes in blocks that share one: int32 [blocks * block] the routes of each
+# block, or -1 (block 4, 8 or 16), and int32 [blocks] its slot, or -1 (unused).
+Blocks = tuple[PackedSlots, Tensor, Tensor]
 
 
 def arranged(
@@ -144,14 +147,13 @@ def gated_digits(partials: Tensor, activation: str, dtype: torch.dtype, parts: i
     return digits(ACTIVATIONS[activation](gate) * up, parts)
 
 
-def splits(slots: PackedSlots, blocks: int) -> int:
+def splits(slots: PackedSlots, blocks: int, programs: int = _PROGRAMS) -> int:
     """Into how many sums to split each of a product for `blocks` routes or blocks at once.
 
-    More of them keep more of the GPU busy where there are few out-features.
+    More of them keep more of the GPU busy where there are few out-features: about `programs`.
     """
-    programs = blocks * -(-slots.out_features // 128)
     longest = max(1, slots.in_features // 1024)
-    return min(8, longest, max(1, _PROGRAMS // programs))
+    return min(8, longest, max(1, programs // (blocks * -(-slots.out_features // 128))))
 
 
 def direct(x: Digits, terms: Sequence[Term], physical: Tensor, k: int, out: Tensor) -> None:
@@ -171,51 +173,55 @@ def direct(x: Digits, terms: Sequence[Term], physical: Tensor, k: int, out: Tens
         return
     out.zero_()
     rows = torch.arange(len(physical), device=physical.device) // k
-    for part, (slots, table) in zip(_first_parts(out, len(terms)), terms, strict=True):
+    for part, (slots, table) in zip(out.chunk(len(terms)), terms, strict=True):
         index = table[physical.clamp(min=0).long()].masked_fill(physical < 0, -1)
-        _add_products(x.values[rows], slots, index, part)
+        _add_products(x.values[rows], slots, index, part[0])
 
 
-def blocked(
-    x: Digits, slots: PackedSlots, order: Tensor, owners: Tensor, k: int, out: Tensor
-) -> None:
+def blocked(x: Digits, terms: Sequence[Blocks], k: int, out: Tensor) -> None:
     """Products of routes in blocks that share a slot.
 
     Args:
         x: rows; route `r` takes row `r // k`.
-        order: int32 [blocks * block], the routes of each block, or -1; block 4, 8, 16 or 32.
-        owners: int32 [blocks], the slot of each block, or -1 (unused).
-        out: float32 [parts, n, out_features]: sums over a part of the in-features each, whose
-            sum is the result. Rows of routes in no block stay as they are.
+        terms: those whose products are to be added, of one shape.
+        out: float32 [parts, n, out_features]: for each term in turn `parts / len(terms)` sums over
+            a part of the in-features each. Their sum is the result. Rows of routes that are in no
+            block of a term stay as they are.
     """
     if x.scale is not None:
         from moecc.kernels.gpu import packed
 
-        packed.blocked(x, slots, order, owners, k, out)
+        packed.blocked(x, terms, k, out)
         return
-    owner = owners.repeat_interleave(len(order) // len(owners))
-    used = (order >= 0) & (owner >= 0)
-    routes = order[used].long()
-    products = out.new_zeros(len(routes), slots.out_features)
-    _add_products(x.values[routes // k], slots, owner[used], products)
-    out[:, routes] = 0
-    out[0, routes] = products
+    for part, (slots, order, owners) in zip(out.chunk(len(terms)), terms, strict=True):
+        owner = owners.repeat_interleave(len(order) // len(owners))
+        used = (order >= 0) & (owner >= 0)
+        routes = order[used].long()
+        products = out.new_zeros(len(routes), slots.out_features)
+        _add_products(x.values[routes // k], slots, owner[used], products)
+        part[:, routes] = 0
+        part[0, routes] = products
 
 
 def reduced(
-    partials: Tensor, weights: Tensor, residual: Tensor | None, dtype: torch.dtype
+    partials: Tensor,
+    physical: Tensor,
+    weights: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The experts' output `[T, H]` in `dtype`, plus the residual stream `[T, H]` if given.
 
     partials are float32 [parts, T * k, H]: their sum is the routes' outputs, which the routing
-    weights `[T, k]` combine in float32. Rounds before and after the residual is added.
+    weights `[T, k]` combine in float32; whatever they hold of routes whose `physical` int32 [T, k]
+    is negative. Rounds before and after the residual is added.
     """
     if on_gpu(partials.new_empty(0, dtype=dtype)):
         from moecc.kernels.gpu import packed
 
-        return packed.reduced(partials, weights, residual, dtype)
-    routes = partials.sum(0).view(*weights.shape, -1)
-    out = (routes * weights.float().unsqueeze(-1)).sum(1).to(dtype)
+        return packed.reduced(partials, physical, weights, residual, dtype)
+    routes = partials.sum(0).view(*weights.shape, -1) * weights.float().unsqueeze(-1)
+    out = routes.masked_fill(physical[..., None] < 0, 0.0).sum(1).to(dtype)
     return out if residual is None else out + residual
 
 
@@ -246,11 +252,6 @@ def _from_blocks(plane: Tensor, width: int) -> Tensor:
     """Codes uint8 [n, out, padded in] of uint8 [n, blocks, out, 32]."""
     fields = [(plane >> shift) & (2**width - 1) for shift in range(0, 8, width)]
     return torch.stack(fields, dim=-2).transpose(1, 2).flatten(2)
-
-
-def _first_parts(out: Tensor, terms: int) -> Tensor:
-    """[terms, n, out_features]: the first part of each term."""
-    return out.view(terms, -1, *out.shape[1:])[:, 0]
 
 
 def _add_products(rows: Tensor, slots: PackedSlots, index: Tensor, out: Tensor) -> None:

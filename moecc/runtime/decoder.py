@@ -102,13 +102,20 @@ class _Layer:
 class Decoder:
     """A model's forward over `rows`, uint8 [variants, bytes] as the skeletons' layout has them."""
 
-    def __init__(self, skeletons: Skeletons, layers: Sequence[KernelExperts], rows: Tensor) -> None:
+    def __init__(
+        self,
+        skeletons: Skeletons,
+        layers: Sequence[KernelExperts],
+        rows: Tensor,
+        together: int = 1,
+    ) -> None:
+        """About `together` of the variants share a pass: it is quickest where that is so."""
         model = skeletons.models[0]
         views = skeletons.layout.stacked(rows)
         tied = skeletons.tied
         weights = {name: views[tied.get(name, name)] for name in [*views, *tied]}
         config = model.config
-        self._count = len(rows)
+        self._count, self._together = len(rows), together
         self._embedding = weights["model.embed_tokens.weight"]
         self._head = weights["lm_head.weight"]
         self._norm = Norm(weights["model.norm.weight"], config.rms_norm_eps)
@@ -126,7 +133,7 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, tokens: Tokens, cache: KVCache) -> Tensor:
         """Logits [m, vocab] of `tokens.outputs`; keys and values go to the cache."""
-        rows = Rows(tokens.variants, self._count)
+        rows = Rows(tokens.variants, self._count, self._together)
         owners = tokens.variants.clamp(min=0)  # of rows that are none, any
         hidden = self._embedding[owners, tokens.ids]
         for layer in self._layers:
@@ -151,7 +158,8 @@ class Decoder:
                 variants=rows.variants,
                 residual=hidden,
             )
-        last = Rows(tokens.variants.index_select(0, tokens.outputs), self._count)
+        variants = tokens.variants.index_select(0, tokens.outputs)
+        last = Rows(variants, self._count, self._together)
         hidden = hidden.index_select(0, tokens.outputs)
         return linear(hidden, [self._head], last, norm=self._norm)
 

@@ -202,7 +202,8 @@ def _projection(
         ).astype(np.int32)
         device = pool.tensors[0].device
         table = tables.setdefault(own.tobytes(), torch.from_numpy(own).to(device))
-        terms.append(Term(table, _arranged(pool, slots.matrix[1], dtype)))
+        stored = _arranged(pool, slots.matrix[1], dtype)
+        terms.append(Term(table, stored, complete=bool((own >= 0).all())))
     values = None
     if bias is not None:
         values = torch.stack(list(bias.weights(range(len(physical)), dtype)))

@@ -251,9 +251,13 @@ class _Opening:
         """Our own layers, if they are of a family we know and give what transformers' give."""
         if not all(recognized(model) for model in skeletons.models):
             return None
+        rows, together = residency.rows, len(self.artifact.variants)
+        if residency.mode != "mixed":
+            together = 1
         try:
             with skeletons.first_layers(_PROBE_LAYERS):
-                error = self._disagreement(Decoder(skeletons, layers, residency.rows), residency)
+                probe = Decoder(skeletons, layers, rows, together)
+                error = self._disagreement(probe, residency)
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # of a kernel, on a GPU that is like none we know
@@ -262,7 +266,7 @@ class _Opening:
         if not error <= _AGREEMENT:
             self.note(f"our layers differ from transformers' by {error:.2g}, and are not used")
             return None
-        return Decoder(skeletons, layers, residency.rows)
+        return Decoder(skeletons, layers, rows, together)
 
     def _disagreement(self, decoder: Decoder, residency: Residency) -> float:
         """Relative difference of the logits of a few tokens, of the variant with the largest.

@@ -128,7 +128,7 @@ class TestProducts:
                 else:
                     assert not part[:, route].any()
 
-    @pytest.mark.parametrize("block", [4, 8, 16, 32])
+    @pytest.mark.parametrize("block", [4, 8, 16])
     @pytest.mark.parametrize("coding", CODINGS[::3], ids=lambda coding: coding.name)
     def test_blocked(self, coding: Coding, block: int) -> None:
         shape = SHAPES[-1]
@@ -145,13 +145,37 @@ class TestProducts:
                 if route >= 0:
                     expected_slots[route] = owner[index]
         out = torch.full((2, 2 * block, shape[0]), torch.nan, device=DEVICE)
-        packed.blocked(packed.digits(x), slots, order.view(-1), ints(owner), 2, out)
+        packed.blocked(packed.digits(x), [(slots, order.view(-1), ints(owner))], 2, out)
         expected = products(x, values, expected_slots, 2)
         for route, slot in enumerate(expected_slots):
             if slot >= 0:
                 assert distance(out.sum(0)[route], expected[route]) < TOLERANCE
             else:
                 assert out[:, route].isnan().all()
+
+    @pytest.mark.parametrize("parts", [1, 2])
+    def test_blocked_terms(self, parts: int) -> None:
+        """Three: two in a launch, with blocks of their own, and one that is alone."""
+        shape = SHAPES[-1]
+        x, routes, terms, expected = activations(8, shape[1]), 16, [], []
+        for number, (coding, block) in enumerate(
+            [("4bit-g64", 16), ("2bit-g64", 4), ("1bit-g32", 8)]
+        ):
+            slots, values = coded(Coding.parse(coding), 2, *shape)
+            order = torch.randperm(routes, device=DEVICE).int()
+            owners = [block_ % 2 for block_ in range(routes // block)]
+            by_route = [0] * routes
+            for index, route in enumerate(order.tolist()):
+                by_route[route] = owners[index // block]
+            # Blocks that are not used come last.
+            order = torch.cat([order, ints([-1] * number * block)])
+            terms.append((slots, order, ints([*owners, *[-1] * number])))
+            expected.append(products(x, values, by_route, 2))
+        out = torch.full((3 * parts, routes, shape[0]), torch.nan, device=DEVICE)
+        packed.blocked(packed.digits(x, parts), terms, 2, out)
+        for found, wanted in zip(out.split(parts), expected, strict=True):
+            for route in range(routes):
+                assert distance(found.sum(0)[route], wanted[route]) < TOLERANCE
 
     def test_more_terms_than_a_launch_takes(self) -> None:
         shape = SHAPES[0]
@@ -192,10 +216,13 @@ class TestProducts:
     @pytest.mark.parametrize("added", [False, True])
     def test_reduced(self, added: bool) -> None:
         partials = torch.randn(3, 10, 600, device=DEVICE)
+        partials[:, [2, 6, 7]] = torch.nan
         weights = torch.rand(5, 2, device=DEVICE)
+        physical = ints([0, 1, -1, 4, 0, 0, -1, -1, 2, 2]).view(5, 2)
         residual = torch.randn(5, 600, device=DEVICE).to(DTYPE) if added else None
-        found = packed.reduced(partials, weights, residual, DTYPE)
-        expected = (partials.double().sum(0).view(5, 2, 600) * weights.double()[..., None]).sum(1)
+        found = packed.reduced(partials, physical, weights, residual, DTYPE)
+        routes = partials.double().nan_to_num().sum(0).view(5, 2, 600)
+        expected = (routes * weights.double()[..., None]).sum(1)
         if residual is not None:
             expected += residual.double()
         assert found.dtype == DTYPE

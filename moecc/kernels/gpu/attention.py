@@ -77,7 +77,7 @@ def attend(
         MERGED_HEADS=triton.next_power_of_2(group),
         MERGED=min(merged, splits),
         num_warps=4,
-        num_stages=3,
+        num_stages=2,
         **overlap(q.device),
     )
     return out
@@ -185,15 +185,16 @@ def _attend(
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    length = tl.load(lengths + row)  # settled, as is the next
-    sequence = tl.load(sequences + row).to(tl.int64)
-    wait(OVERLAP)
+    length = tl.load(lengths + row)  # settled, as are the tables
+    table = tables + tl.load(sequences + row).to(tl.int64) * table_row
     first = 0 if WINDOW is None else tl.maximum(length - WINDOW, 0)
     span = tl.maximum(tl.cdiv(tl.cdiv(length - first, SPLITS), CHUNK), 1) * CHUNK
     start = first + split * span
+    stop = tl.minimum(start + span, length)
+    block = _blocks(table, start + tl.arange(0, CHUNK), stop, BLOCK_SIZE)
+    wait(OVERLAP)
     if (split > 0) & (start >= length):
         return
-    stop = tl.minimum(start + span, length)
     in_group = tl.arange(0, M)
     live = in_group < GROUP
     heads = kv_head * GROUP + in_group
@@ -214,7 +215,8 @@ def _attend(
         acc,
         cache_k + kv_head * k_head,
         cache_v + kv_head * v_head,
-        tables + sequence * table_row,
+        table,
+        block,
         k_slot,
         v_slot,
         start,
@@ -392,6 +394,7 @@ def _prefill(
             cache_k,
             cache_v,
             tables,
+            _blocks(tables, tl.arange(0, CHUNK), whole, BLOCK_SIZE),
             k_slot,
             v_slot,
             0,
@@ -416,6 +419,7 @@ def _prefill(
         cache_k,
         cache_v,
         tables,
+        _blocks(tables, whole + tl.arange(0, CHUNK), longest, BLOCK_SIZE),
         k_slot,
         v_slot,
         whole,
@@ -460,6 +464,7 @@ def _scan(
     cache_k,
     cache_v,
     table,
+    block,
     k_slot,
     v_slot,
     start,
@@ -479,14 +484,14 @@ def _scan(
     """Online softmax over the keys `start..stop` of a sequence.
 
     Its state is the largest score `top` in binary logarithms, the `total` of the weights and their
-    sum of values `acc`. Unmasked, the range is of whole chunks that every query sees; otherwise a
-    query sees keys below its length (one for all, or [queries, 1]), the last WINDOW of them.
+    sum of values `acc`. `block` has the blocks of the first chunk, as each step reads those of the
+    next: so keys and values wait for nothing in their turn. Unmasked, the range is of whole chunks
+    that every query sees; otherwise a query sees keys below its length (one for all, or
+    [queries, 1]), the last WINDOW of them.
     """
     d = tl.arange(0, D)
     dv = tl.arange(0, DV)
-    # Read one chunk ahead, so that keys and values wait for nothing in their turn.
     keys = start + tl.arange(0, CHUNK)
-    block = tl.load(table + keys // BLOCK_SIZE, mask=keys < stop, other=0)
     for _ in range(start, stop, CHUNK):
         slot = block.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
         k_mask = (d < DIM)[:, None]
@@ -514,5 +519,11 @@ def _scan(
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
         top = new_top
         keys += CHUNK
-        block = tl.load(table + keys // BLOCK_SIZE, mask=keys < stop, other=0)
+        block = _blocks(table, keys, stop, BLOCK_SIZE)
     return top, total, acc
+
+
+@triton.jit
+def _blocks(table, keys, stop, BLOCK_SIZE: tl.constexpr):
+    """The blocks of the cache that hold some keys of a sequence."""
+    return tl.load(table + keys // BLOCK_SIZE, mask=keys < stop, other=0)

@@ -87,7 +87,7 @@ def linear(
             **overlap(x.device),
         )
         return out
-    tiles = matrix_tiles(count, sum(sizes), width)
+    tiles = matrix_tiles(count, sum(sizes), width, rows.together)
     order, owners = rows.blocks(tiles.m)
     programs = sum(triton.cdiv(size, tiles.n) for size in sizes)
     _matrix[(len(owners), programs)](
@@ -113,21 +113,21 @@ def linear(
 
 
 def vector_tiles(features: int, width: int) -> Tiles:
-    """For a row at a time."""
-    k = max(16, triton.next_power_of_2(width))
-    if features <= 64:
-        return Tiles(1, 1, min(4096, k), 4, 1)
-    return Tiles(1, 8, 512, 4, 1) if k > 2048 else Tiles(1, 4, min(1024, k), 4, 1)
+    """For a row at a time: all of a program's weights are on their way at once."""
+    k = min(4096, max(16, triton.next_power_of_2(width)))
+    return Tiles(1, 1 if features <= FEW_FEATURES else 4, k, 4, 1)
 
 
-def matrix_tiles(count: int, features: int, width: int) -> Tiles:
-    """For blocks of rows."""
+def matrix_tiles(count: int, features: int, width: int, together: int = 1) -> Tiles:
+    """For blocks of rows, of so many variants that share a batch."""
     k = min(128, max(16, triton.next_power_of_2(width)))
     if count > 256:
         return Tiles(128, 128, min(k, 64), 8, 3)
     if count <= 16:
         n = 32 if features >= 4096 else 16
         return Tiles(16, n, k, 4, 6)
+    if count <= 16 * together and features >= 4096:  # few rows of each
+        return Tiles(16, 64, k, 4, 4)
     n = 64 if features > 4096 else 32 if features > 2048 else 16
     return Tiles(64, n, k, 4, 4 if n == 64 else 6)
 

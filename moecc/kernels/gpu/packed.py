@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moecc.kernels.device import INTERPRETED
-from moecc.kernels.gpu.launch import begin, overlap
+from moecc.kernels.gpu.launch import begin, let_next_begin, overlap, wait
 from moecc.kernels.norm import Norm
 from moecc.kernels.packed import PADDING, Digits
 
 if TYPE_CHECKING:
-    from moecc.kernels.packed import PackedSlots, Term
+    from moecc.kernels.packed import Blocks, PackedSlots, Term
 
 _PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
 _PADDING = tl.constexpr(PADDING)
@@ -40,8 +40,8 @@ class Tiling:
 
 
 _SINGLE = Tiling(128, 2, 4, 128)  # a route at a time
-_NARROW = Tiling(128, 2, 3, 128)  # up to 16 tokens
-_WIDE = Tiling(128, 4, 3, 128)  # more, whose sums fill the registers of more warps
+_NARROW = Tiling(128, 2, 3, 128)  # blocks of 4 routes
+_WIDE = Tiling(256, 4, 3, 128)  # larger ones: the matrix units then take weights as they are
 
 
 def digits(x: Tensor, parts: int, norm: Norm | None, variants: Tensor | None) -> Digits:
@@ -132,46 +132,46 @@ def direct(
 
 
 def blocked(
-    x: Digits,
-    slots: PackedSlots,
-    order: Tensor,
-    owners: Tensor,
-    k: int,
-    out: Tensor,
-    tiling: Tiling | None = None,
+    x: Digits, terms: Sequence[Blocks], k: int, out: Tensor, tiling: Tiling | None = None
 ) -> None:
     """See `moecc.kernels.packed.blocked`."""
-    block = len(order) // len(owners)
-    tiling = tiling or (_NARROW if block <= 16 else _WIDE)
-    splits, scales = _splits(x, out, 1)
-    rows = _rows(slots, tiling)
-    blocks = len(owners)
-    _blocked[(blocks * triton.cdiv(slots.out_features, rows), splits)](
-        x.values,
-        scales,
-        order,
-        owners,
-        out,
-        *_tensors(slots),
-        blocks,
-        out.shape[1],
-        k,
-        scales.shape[1],
-        x.values.shape[-1],
-        slots.in_features,
-        slots.scales.shape[-1],
-        slots.out_features,
-        CODING=_coding(slots, tiling),
-        BLOCK=block,
-        ROWS=rows,
-        STAGES=tiling.stages,
-        num_warps=tiling.warps,
-        **overlap(out.device),
-    )
+    splits, scales = _splits(x, out, len(terms))
+    for index, (slots, order, owners) in enumerate(terms):
+        blocks = len(owners)
+        block = len(order) // blocks
+        own = tiling or (_NARROW if block < 8 else _WIDE)
+        rows = _rows(slots, own)
+        _blocked[(blocks * triton.cdiv(slots.out_features, rows), splits)](
+            x.values,
+            scales,
+            order,
+            owners,
+            out[index * splits :],
+            *_tensors(slots),
+            blocks,
+            out.shape[1],
+            k,
+            scales.shape[1],
+            x.values.shape[-1],
+            slots.in_features,
+            slots.scales.shape[-1],
+            slots.out_features,
+            CODING=_coding(slots, own),
+            BLOCK=block,
+            ROWS=rows,
+            STAGES=own.stages,
+            FIRST=index == 0,
+            num_warps=own.warps,
+            **overlap(out.device),
+        )
 
 
 def reduced(
-    partials: Tensor, weights: Tensor, residual: Tensor | None, dtype: torch.dtype
+    partials: Tensor,
+    physical: Tensor,
+    weights: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See `moecc.kernels.packed.reduced`."""
     parts, _, hidden = partials.shape
@@ -180,6 +180,7 @@ def reduced(
     size = min(512, triton.next_power_of_2(hidden))
     _reduced[(tokens, triton.cdiv(hidden, size))](
         partials,
+        physical,
         weights,
         out if residual is None else residual,
         out,
@@ -479,9 +480,7 @@ def _direct(
     tl.store(out + index[:, None] + token[None, :] * 0, result, mask=kept)
 
 
-@triton.jit(
-    do_not_specialize=["blocks", "routes", "k", "scale_parts"]
-)  # not compiled for each batch
+@triton.jit(do_not_specialize=["blocks", "routes", "k", "scale_parts"])
 def _blocked(
     x,
     x_scale,
@@ -503,30 +502,39 @@ def _blocked(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    FIRST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    # The next term reads what this one waits for, and writes elsewhere: it begins while the last
+    # programs of this one end, and waits for them when it is done.
+    if FIRST:
+        wait(OVERLAP)
+    let_next_begin(OVERLAP)
     block = tl.program_id(0) % blocks  # neighbors may share a slot
-    slot = tl.load(owners + block)
-    if slot < 0:
-        return
-    start = _start(tl.program_id(0) // blocks, padded_out, ROWS)
-    column = tl.arange(0, 2 * BLOCK)
-    row = tl.maximum(tl.load(order + block * BLOCK + column // 2), 0) // k
-    columns = row.to(tl.int64) * 2 * padded_in + column % 2 * padded_in
-    result = _product(
-        x, columns, high, low, scales, slot, start, in_features, padded_out,
-        CODING, ROWS, BLOCK, STAGES,
-    )  # fmt: skip
-    route = tl.load(order + block * BLOCK + tl.arange(0, BLOCK))
-    row = tl.maximum(route, 0) // k
-    scale = tl.load(x_scale + row * scale_parts + tl.program_id(1) % scale_parts)
-    result *= scale[None, :]
-    index = start + tl.arange(0, ROWS)
-    out += tl.program_id(1).to(tl.int64) * routes * out_features
-    kept = (index < out_features)[:, None] & (route >= 0)[None, :]
-    where = tl.maximum(route, 0).to(tl.int64) * out_features
-    tl.store(out + index[:, None] + where[None, :], result, mask=kept)
+    # Past the first cache, which may hold what was there before the kernel that was waited for.
+    slot = tl.load(owners + block, cache_modifier=".cg")
+    if slot >= 0:
+        start = _start(tl.program_id(0) // blocks, padded_out, ROWS)
+        column = tl.arange(0, 2 * BLOCK)
+        route = tl.load(order + block * BLOCK + column // 2, cache_modifier=".cg")
+        row = tl.maximum(route, 0) // k
+        columns = row.to(tl.int64) * 2 * padded_in + column % 2 * padded_in
+        result = _product(
+            x, columns, high, low, scales, slot, start, in_features, padded_out,
+            CODING, ROWS, BLOCK, STAGES,
+        )  # fmt: skip
+        route = tl.load(order + block * BLOCK + tl.arange(0, BLOCK), cache_modifier=".cg")
+        row = tl.maximum(route, 0) // k
+        part = tl.program_id(1) % scale_parts
+        scale = tl.load(x_scale + row * scale_parts + part, cache_modifier=".cg")
+        result *= scale[None, :]
+        index = start + tl.arange(0, ROWS)
+        out += tl.program_id(1).to(tl.int64) * routes * out_features
+        kept = (index < out_features)[:, None] & (route >= 0)[None, :]
+        where = tl.maximum(route, 0).to(tl.int64) * out_features
+        tl.store(out + index[:, None] + where[None, :], result, mask=kept)
+    if not FIRST:
+        wait(OVERLAP)
 
 
 @triton.jit
@@ -641,6 +649,7 @@ def _store_digits(x, values, scales, row, in_features, padded_in, SIZE: tl.const
 @triton.jit(do_not_specialize=["tokens"])  # not compiled for each batch
 def _reduced(
     partials,
+    physical,
     weights,
     residual,
     out,
@@ -662,7 +671,9 @@ def _reduced(
         for part in tl.static_range(PARTS):
             start = ((part * tokens + token) * K + choice) * hidden
             route += tl.load(partials + start + index, mask=inside, other=0)
-        total += route * tl.load(weights + token * K + choice).to(tl.float32)
+        route *= tl.load(weights + token * K + choice).to(tl.float32)
+        # What routes that are none hold is not said.
+        total += tl.where(tl.load(physical + token * K + choice) < 0, 0.0, route)
     result = total.to(out.dtype.element_ty)
     if RESIDUAL:
         added = tl.load(residual + token * hidden + index, mask=inside, other=0)
