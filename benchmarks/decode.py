@@ -465,7 +465,8 @@ class Figures:
         table = Table()
         table.add_column("artifact")
         columns = ("of one variant's experts", "experts GiB", "other weights GiB", "KV cache GiB")
-        for column in (*columns, "device used GiB", "perplexity ratio (small family)"):
+        quality = "perplexity ratio (small family)"
+        for column in (*columns, "device used GiB", quality, "a copy's GB/s"):
             table.add_column(column, justify="right")
         for coding, artifact in self.artifacts.items():
             kept = artifact["quality"]
@@ -477,6 +478,7 @@ class Figures:
                     *(f"{memory[f'{kind}_gib']:.1f}" for kind in ("experts", "non_expert", "kv")),
                     "" if used is None else f"{used:.1f}",
                     f"{kept['mean_ratio']:.4f}" if kept else "",
+                    f"{artifact['copy_bytes_per_second'] / GB:.0f}",
                 )
         return table
 
@@ -507,10 +509,7 @@ def show(document: dict[str, Any], peers: Mapping[str, Any], out: Path | None) -
     Console(width=max(console.width, 160)).print(*shown)
     if out is None:
         return
-    title = (
-        f"{document['shape']}, {document['device']}; a copy reads and writes "
-        f"{document['copy_bytes_per_second'] / GB:.0f} GB/s"
-    )
+    title = f"{document['shape']}, {document['device']}"
     save(document, shown, out, f"Decode steps, {title}")
     lines = figures.lines()
     dashed = [name for name in lines if name.endswith("floor")]
@@ -552,7 +551,6 @@ def main() -> None:
         "machine": machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "triton": triton_version(),
-        "copy_bytes_per_second": bandwidth,
         "tokens": args.tokens,
         "max_model_len": MAX_MODEL_LEN,
     }
@@ -565,6 +563,7 @@ def main() -> None:
             "size": bench.size,
             "quality": quality(coding) if args.variants == 4 else None,
             "memory": bench.memory,
+            "copy_bytes_per_second": bandwidth,  # of this run: GPUs of a kind differ a little
             "runners": bench.runners,
             "rows": [asdict(row) for row in bench.rows],
         }
