@@ -20,7 +20,7 @@ _ORDER = """
     opened build consolidate sweep export inspection report console
 
     kernels.device kernels.launch kernels.norm kernels.align kernels.linear kernels.packed
-    kernels.experts kernels.router kernels.attention kernels.rotary
+    kernels.experts kernels.router kernels.attention kernels.rotary kernels.newest
 
     runtime.request runtime.options runtime.interface runtime.sequence runtime.scheduler
     runtime.sampling runtime.text runtime.answer

@@ -18,6 +18,7 @@ from torch import Tensor
 from moecc.kernels import attention, rotary
 from moecc.kernels.attention import Tiles
 from moecc.kernels.linear import Rows, linear
+from moecc.kernels.newest import attend_newest
 from moecc.kernels.norm import Norm, deferred, rms_norm
 from moecc.kernels.packed import ACTIVATIONS
 from moecc.kernels.router import route
@@ -183,45 +184,38 @@ class Decoder:
         shape = (len(hidden), -1, self._dim)
         q, k, v = q.view(shape), k.view(shape), v.view(shape)
         keys, values = cache.layer(layer.index, k, v)
-        q = rotary.rotate_and_store(
-            q,
-            k,
-            v,
-            self._frequencies,
-            tokens.positions,
-            tokens.slots,
-            keys,
-            values,
-            rows=owners,
-            q_norm=None if q_norm is None else q_norm.weight,
-            k_norm=None if k_norm is None else k_norm.weight,
-            eps=self._norm.eps,
-            attention_scaling=self._rope_scaling,
-        )
+        turning: dict[str, Any] = {
+            "rows": owners,
+            "q_norm": None if q_norm is None else q_norm.weight,
+            "k_norm": None if k_norm is None else k_norm.weight,
+            "eps": self._norm.eps,
+            "attention_scaling": self._rope_scaling,
+        }
+        seen: dict[str, Any] = {
+            "block_size": cache.block_size,
+            "scaling": self._scaling,
+            "window": self._window,
+        }
+        frequencies, tables, lengths = self._frequencies, tokens.tables, tokens.lengths
+        positions, slots = tokens.positions, tokens.slots
         if tokens.tiles is None:
-            found = attention.attend(
+            return attend_newest(
                 q,
+                k,
+                v,
+                frequencies,
+                positions,
+                slots,
                 keys,
                 values,
-                tokens.tables,
+                tables,
                 tokens.sequences,
-                tokens.lengths,
-                block_size=cache.block_size,
-                scaling=self._scaling,
-                window=self._window,
-            )
-        else:
-            found = attention.prefill(
-                q,
-                keys,
-                values,
-                tokens.tables,
-                tokens.tiles,
-                tokens.lengths,
-                block_size=cache.block_size,
-                scaling=self._scaling,
-                window=self._window,
-            )
+                lengths,
+                **turning,
+                **seen,
+            ).flatten(1)
+        q = rotary.rotate_and_store(q, k, v, frequencies, positions, slots, keys, values, **turning)
+        found = attention.prefill(q, keys, values, tables, tokens.tiles, lengths, **seen)
         return found.flatten(1)
 
 

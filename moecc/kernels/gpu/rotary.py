@@ -209,23 +209,39 @@ def _rotated(
         rest = tl.load(source + tail[None, :], mask=load[:, None] & in_tail, other=0.0)
         rest = rest.to(tl.float32)
     if norm is not None:
-        square = tl.sum(first * first + second * second, 1)
         if REST:
-            square += tl.sum(rest * rest, 1)
-        inverse = tl.rsqrt(square / DIM + eps)[:, None]
-        first = _weighted(first * inverse, norm + half, half < HALF, dtype)
-        second = _weighted(second * inverse, norm + HALF + half, half < HALF, dtype)
-        if REST:
+            square = tl.sum(first * first + second * second, 1) + tl.sum(rest * rest, 1)
+            inverse = tl.rsqrt(square / DIM + eps)[:, None]
+            first = _weighted(first * inverse, norm + half, half < HALF, dtype)
+            second = _weighted(second * inverse, norm + HALF + half, half < HALF, dtype)
             rest = _weighted(rest * inverse, norm + tail, tail < DIM, dtype)
-    cos = cos[None, :]
-    sin = sin[None, :]
+        else:
+            first, second = normed_halves(first, second, norm, half, eps, dtype, DIM, HALF)
+    first, second = turned_halves(first, second, cos[None, :], sin[None, :], dtype)
     mask = store[:, None] & in_half
-    turned = _rounded(first * cos, dtype) - _rounded(second * sin, dtype)
-    tl.store(target + half[None, :], turned.to(dtype), mask=mask)
-    turned = _rounded(second * cos, dtype) + _rounded(first * sin, dtype)
-    tl.store(target + HALF + half[None, :], turned.to(dtype), mask=mask)
+    tl.store(target + half[None, :], first.to(dtype), mask=mask)
+    tl.store(target + HALF + half[None, :], second.to(dtype), mask=mask)
     if REST:
         tl.store(target + tail[None, :], rest.to(dtype), mask=store[:, None] & in_tail)
+
+
+@triton.jit
+def normed_halves(
+    first, second, norm, half, eps, dtype: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr
+):
+    """Halves float32 [n, H] of heads, RMS-normed with the weights at `norm`."""
+    inverse = tl.rsqrt(tl.sum(first * first + second * second, 1) / DIM + eps)[:, None]
+    first = _weighted(first * inverse, norm + half, half < HALF, dtype)
+    second = _weighted(second * inverse, norm + HALF + half, half < HALF, dtype)
+    return first, second
+
+
+@triton.jit
+def turned_halves(first, second, cos, sin, dtype: tl.constexpr):
+    """Halves float32 [n, H] of heads, turned and rounded."""
+    turned = _rounded(first * cos, dtype) - _rounded(second * sin, dtype)
+    other = _rounded(second * cos, dtype) + _rounded(first * sin, dtype)
+    return _rounded(turned, dtype), _rounded(other, dtype)
 
 
 @triton.jit
