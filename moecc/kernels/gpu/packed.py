@@ -30,18 +30,20 @@ class Tiling:
 
     `rows` are out-features of a program: 64 for each warp, or scales are loaded late (a thread
     then has two at least, as a copy that does not wait takes). `stages` are steps in flight and
-    `step` in-features of a step, at least; a power of two up to PADDING.
+    `step` in-features of a step, at least; a power of two up to PADDING. Steps of just so many
+    do with at most `registers` a thread, if it is given: then more programs run side by side.
     """
 
     rows: int
     warps: int
     stages: int
     step: int
+    registers: int | None = None
 
 
 _SINGLE = Tiling(128, 2, 4, 128)  # a route at a time
 _NARROW = Tiling(128, 2, 3, 128)  # blocks of 4 routes
-_WIDE = Tiling(256, 4, 3, 128)  # larger ones: the matrix units then take weights as they are
+_WIDE = Tiling(256, 4, 3, 128, 168)  # larger ones: the matrix units then take weights as they are
 
 
 def digits(x: Tensor, parts: int, norm: Norm | None, variants: Tensor | None) -> Digits:
@@ -162,6 +164,7 @@ def blocked(
             STAGES=own.stages,
             FIRST=index == 0,
             num_warps=own.warps,
+            maxnreg=_registers(slots, own),
             **overlap(out.device),
         )
 
@@ -230,6 +233,12 @@ def _rows(slots: PackedSlots, tiling: Tiling) -> int:
     """Out-features of a program: no more than there are."""
     padded = slots.scales.shape[-1]
     return min(tiling.rows, 1 << (padded.bit_length() - 1))
+
+
+def _registers(slots: PackedSlots, tiling: Tiling) -> int | None:
+    """Those that `tiling` allows; 8 bits have twice the sums, and longer steps more of all."""
+    step = _coding(slots, tiling)[-1]
+    return tiling.registers if slots.coding.bits < 8 and step == tiling.step else None
 
 
 def _tensors(slots: PackedSlots) -> tuple[Tensor, Tensor, Tensor]:
@@ -632,7 +641,7 @@ def _store_digits(x, values, scales, row, in_features, padded_in, SIZE: tl.const
     largest = tl.max(tl.abs(x), axis=0)
     scale = tl.div_rn(largest, _LARGEST)
     scale = tl.where(scale > 0, scale, 1.0)
-    whole = tl.floor(tl.div_rn(x, scale) + 0.5).to(tl.int32)
+    whole = tl.floor(x * (1 / scale) + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
     low = whole - high * 256
     place = tl.arange(0, SIZE)
