@@ -177,6 +177,30 @@ class TestProducts:
             for route in range(routes):
                 assert distance(found.sum(0)[route], wanted[route]) < TOLERANCE
 
+    @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+    def test_later_terms_see_new_rows(self) -> None:
+        """The first term, whose few programs leave most of the GPU idle, waits for the digits."""
+        shape = (2080, 1408)
+        (first, one), (second, many) = (
+            coded(Coding(4, 64), 1, *shape),
+            coded(Coding(2, 64), 16, *shape),
+        )
+        x, order = activations(16, shape[1]), torch.arange(16, device=DEVICE).int()
+        padded = torch.full((16, 4), -1, dtype=torch.int32, device=DEVICE)
+        padded[:, 0] = order
+        terms = [(first, order, ints([0])), (second, padded.view(-1), order)]
+        out = torch.empty(2, 16, shape[0], device=DEVICE)
+        packed.blocked(packed.digits(x), terms, 1, out)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            packed.blocked(packed.digits(x), terms, 1, out)
+        for _ in range(50):
+            x.copy_(activations(16, shape[1]).flip(0))
+            out.fill_(torch.nan)
+            graph.replay()
+            assert distance(out[0], x.double() @ one[0].T) < TOLERANCE
+            assert distance(out[1], torch.einsum("ni,noi->no", x.double(), many)) < TOLERANCE
+
     def test_more_terms_than_a_launch_takes(self) -> None:
         shape = SHAPES[0]
         found = [coded(Coding(bits, 64), 2, *shape) for bits in (4, 2, 1)]
