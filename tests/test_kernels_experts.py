@@ -90,7 +90,7 @@ def projection(
         for index, pool in enumerate(pools):
             stored, slots = _stored(pool, out, size, dtype, device)
             own = chosen.where(which == index, -1).to(device)
-            terms.append(Term(own.int(), stored))
+            terms.append(Term(own.int(), stored, complete=bool((own >= 0).all())))
             values += slots[own.clamp(min=0)] * (own >= 0)[:, None, None]
     bias = torch.randn(PHYSICAL, out).to(dtype).to(device) if biased else None
     return Projection(tuple(terms), out, bias), values
@@ -360,6 +360,18 @@ class TestKernelExperts:
         for layer in layers:
             first, last = KernelExperts(layer, torch.bfloat16).projections.values()
             assert first.terms[0].slots is last.terms[0].slots
+
+    def test_says_which_terms_are_complete(self, built: Built) -> None:
+        found = set()
+        for name in ("mixtral", "mixtral-lossless"):
+            with Artifact(built.artifact(name)) as opened:
+                layers = Layers(opened, "bfloat16").layers
+            for layer in layers:
+                for p in KernelExperts(layer, torch.bfloat16).projections.values():
+                    for term in p.terms:
+                        assert term.complete == bool((term.slots >= 0).all())
+                        found.add(term.complete)
+        assert found == {False, True}
 
     def test_the_bank_is_freed(self, built: Built) -> None:
         with Artifact(built.artifact("gpt-oss")) as opened:

@@ -280,7 +280,8 @@ def _splits(projection: Projection, routes: int) -> int:
         return 1
     if _is_direct(projection, routes):
         return packed.splits(coded[0][1], len(coded) * routes)
-    blocks = sum(min(routes, term.count) for term, _ in coded)
+    # At least: many routes fill more than a block of each slot.
+    blocks = sum(max(min(routes, t.count), routes // _block(routes, t.count)) for t, _ in coded)
     return packed.splits(coded[0][1], blocks, _BLOCKED_PROGRAMS)
 
 

@@ -50,6 +50,13 @@ def test_large(form: str) -> None:
         assert c.error(tokens, 2) < TOLERANCE[DTYPE], tokens
 
 
+def test_split_products() -> None:
+    """So many in-features that the down projection is a sum of parts."""
+    c = case("coded", "coded twice", size=72, inner=2060, dtype=DTYPE, device=DEVICE)
+    for tokens in (1, 3) if INTERPRETED else (1, 3, 9, 100):
+        assert c.error(tokens, 2) < TOLERANCE[DTYPE], tokens
+
+
 @pytest.mark.parametrize("fan", [1, 8])
 @pytest.mark.parametrize("form", ["plain", "coded twice"])
 def test_fan(form: str, fan: int) -> None:

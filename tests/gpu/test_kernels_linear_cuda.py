@@ -30,6 +30,8 @@ SHAPES = (
         (90, (33, 7, 18)),
         (1001, (257,)),
         (512, (4100,)),
+        (4100, (60,)),
+        (8192, (300,)),
         (2048, (2048, 512, 512)),
     ]
 )
@@ -79,6 +81,16 @@ def test_rows_are_shared_by_layers() -> None:
     rows = Rows(cases[0].variants, VARIANTS)
     for c in cases:
         assert c.error(c.run(rows)) < TOLERANCE[DTYPES[0]]
+
+
+@pytest.mark.parametrize("count", [17, 40])
+def test_few_rows_of_each(count: int) -> None:
+    """Blocks for batches that variants share hold any mix."""
+    shape = (72, (4100,)) if INTERPRETED else (512, (4100, 512))
+    for variants in (mixed(count), [1] * count):
+        c = case(variants, shape, (), DTYPES[0], DEVICE)
+        found = c.run(Rows(c.variants, VARIANTS, together=VARIANTS))
+        assert c.error(found) < TOLERANCE[DTYPES[0]]
 
 
 @pytest.mark.parametrize("count", [1, 5, 20])

@@ -155,7 +155,7 @@ class TestProducts:
 
     @pytest.mark.parametrize("parts", [1, 2])
     def test_blocked_terms(self, parts: int) -> None:
-        """Three: two in a launch, with blocks of their own, and one that is alone."""
+        """Three, with blocks of their own."""
         shape = SHAPES[-1]
         x, routes, terms, expected = activations(8, shape[1]), 16, [], []
         for number, (coding, block) in enumerate(
@@ -181,10 +181,8 @@ class TestProducts:
     def test_later_terms_see_new_rows(self) -> None:
         """The first term, whose few programs leave most of the GPU idle, waits for the digits."""
         shape = (2080, 1408)
-        (first, one), (second, many) = (
-            coded(Coding(4, 64), 1, *shape),
-            coded(Coding(2, 64), 16, *shape),
-        )
+        first, one = coded(Coding(4, 64), 1, *shape)
+        second, many = coded(Coding(2, 64), 16, *shape)
         x, order = activations(16, shape[1]), torch.arange(16, device=DEVICE).int()
         padded = torch.full((16, 4), -1, dtype=torch.int32, device=DEVICE)
         padded[:, 0] = order
@@ -200,6 +198,33 @@ class TestProducts:
             graph.replay()
             assert distance(out[0], x.double() @ one[0].T) < TOLERANCE
             assert distance(out[1], torch.einsum("ni,noi->no", x.double(), many)) < TOLERANCE
+
+    @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+    def test_the_last_term_ends_after_the_first(self) -> None:
+        """It has nothing to do, and what follows reads the sums of the first."""
+        shape = (8192, 8192)
+        first, values = coded(Coding(4, 64), 2, *shape)
+        second, _ = coded(Coding(2, 64), 1, *shape)
+        x, order = activations(32, shape[1]), torch.arange(32, device=DEVICE).int()
+        owners, none = ints([0, 1]), ints([-1] * 8)
+        terms = [(first, order, owners), (second, ints([-1] * 32), none)]
+        weights = torch.ones(32, 1, device=DEVICE)
+        physical = torch.zeros(32, 1, dtype=torch.int32, device=DEVICE)
+
+        def run() -> Tensor:
+            out = torch.zeros(2, 32, shape[0], device=DEVICE)
+            packed.blocked(packed.digits(x), terms, 1, out)
+            return packed.reduced(out, physical, weights, None, torch.bfloat16)
+
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
+        for _ in range(20):
+            x.copy_(activations(32, shape[1]).flip(0))
+            graph.replay()
+            expected = torch.cat([x[:16].double() @ values[0].T, x[16:].double() @ values[1].T])
+            assert distance(found, expected) < 4e-3
 
     def test_more_terms_than_a_launch_takes(self) -> None:
         shape = SHAPES[0]

@@ -47,7 +47,7 @@ def test_kernel(experts: int, count: int, renormalize: bool, dtype: torch.dtype)
 @pytest.mark.parametrize(("experts", "count"), SHAPES)
 def test_route(experts: int, count: int, form: tuple[str, ...], dtype: torch.dtype) -> None:
     sure = 0
-    for size in (90,) if INTERPRETED else (90, 2048):
+    for size in (90,) if INTERPRETED else (90, 2048, 4100):
         for rows in COUNTS if INTERPRETED else (*COUNTS, 64):
             variants = torch.randint(-1, VARIANTS, (rows,)).tolist()
             c = case(variants, (size, (experts,)), form, dtype, DEVICE)

@@ -21,6 +21,7 @@ from moecc.kernels.norm import DEFERRED_ROWS, Norm, rms_norm
 _MOST_WEIGHTS = 3
 # A router: so few features that a matrix product would leave the GPU idle.
 FEW_ROWS, FEW_FEATURES = 64, 256
+_APART = 4  # variants that a batch is cut for at most: one alone reads its weights again for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def matrix_tiles(count: int, features: int, width: int, together: int = 1) -> Ti
     if count <= 16:
         n = 32 if features >= 4096 else 16
         return Tiles(16, n, k, 4, 6)
-    if count <= 16 * together and features >= 4096:  # few rows of each
+    if count <= 16 * min(together, _APART) and features >= 4096:  # few rows of each
         return Tiles(16, 64, k, 4, 4)
     n = 64 if features > 4096 else 32 if features > 2048 else 16
     return Tiles(64, n, k, 4, 4 if n == 64 else 6)
