@@ -61,6 +61,17 @@ def wait(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def refresh(OVERLAP: tl.constexpr):
+    """For kernels that read, before they wait, what kernels have written that are done: none of it
+    is taken from a cache that may hold what was there before.
+    """
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.gpu; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def begin(OVERLAP: tl.constexpr):
     """For kernels that read nothing early."""
     let_next_begin(OVERLAP)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moecc.kernels.device import INTERPRETED
-from moecc.kernels.gpu.launch import begin, let_next_begin, overlap, wait
+from moecc.kernels.gpu.launch import begin, let_next_begin, overlap, refresh, wait
 from moecc.kernels.norm import Norm
 from moecc.kernels.packed import PADDING, Digits
 
@@ -518,24 +518,25 @@ def _blocked(
     # programs of this one end, and waits for them when it is done.
     if FIRST:
         wait(OVERLAP)
+    else:
+        refresh(OVERLAP)
     let_next_begin(OVERLAP)
     block = tl.program_id(0) % blocks  # neighbors may share a slot
-    # Past the first cache, which may hold what was there before the kernel that was waited for.
-    slot = tl.load(owners + block, cache_modifier=".cg")
+    slot = tl.load(owners + block)
     if slot >= 0:
         start = _start(tl.program_id(0) // blocks, padded_out, ROWS)
         column = tl.arange(0, 2 * BLOCK)
-        route = tl.load(order + block * BLOCK + column // 2, cache_modifier=".cg")
+        route = tl.load(order + block * BLOCK + column // 2)
         row = tl.maximum(route, 0) // k
         columns = row.to(tl.int64) * 2 * padded_in + column % 2 * padded_in
         result = _product(
             x, columns, high, low, scales, slot, start, in_features, padded_out,
             CODING, ROWS, BLOCK, STAGES,
         )  # fmt: skip
-        route = tl.load(order + block * BLOCK + tl.arange(0, BLOCK), cache_modifier=".cg")
+        route = tl.load(order + block * BLOCK + tl.arange(0, BLOCK))
         row = tl.maximum(route, 0) // k
         part = tl.program_id(1) % scale_parts
-        scale = tl.load(x_scale + row * scale_parts + part, cache_modifier=".cg")
+        scale = tl.load(x_scale + row * scale_parts + part)
         result *= scale[None, :]
         index = start + tl.arange(0, ROWS)
         out += tl.program_id(1).to(tl.int64) * routes * out_features
