@@ -75,10 +75,21 @@ def test_long_passes(
     served.check_tokens(built, passes, "mixtral", mode, "float32", "cpu")
 
 
-@pytest.mark.parametrize("family", sorted(set(served.DECODERS) - {*FAMILIES, "qwen3-moe-tied"}))
-def test_other_families(family: str, built: Built, passes: Passes) -> None:
-    """Their layers are transformers', with our experts."""
-    served.check_tokens(built, passes, family, "mixed", "float32", "cpu")
+OTHERS = sorted(set(served.DECODERS) - {*FAMILIES, "qwen3-moe-tied"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [*OTHERS, "gpt-oss-window", "phimoe-window", "qwen2-moe-window"])
+def test_other_families(family: str, dtype: str, built: Built, passes: Passes) -> None:
+    """Their layers are transformers', run on rows that are data."""
+    served.check_tokens(built, passes, family, "mixed", dtype, "cpu")
+    assert passes.fused == len(passes.parts) > 0
+
+
+@pytest.mark.parametrize("mode", ["resident", "swap"])
+def test_other_families_alone(mode: str, built: Built, passes: Passes) -> None:
+    """One variant's model runs as transformers has it, with our experts."""
+    served.check_tokens(built, passes, "gpt-oss", mode, "float32", "cpu")
     assert passes.fused == 0
 
 

@@ -26,7 +26,7 @@ _ORDER = """
     runtime.sampling runtime.text runtime.answer
     runtime.step runtime.linear runtime.stacked runtime.experts runtime.attention runtime.devices
     runtime.nonexpert runtime.loading runtime.residency runtime.paged runtime.static
-    runtime.decoder runtime.fused
+    runtime.decoder runtime.modeled runtime.fused
     runtime.engine runtime.opening runtime.api runtime.scoring
 
     server.failure server.fields server.protocol server.generation server.events server.vocabulary

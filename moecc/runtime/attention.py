@@ -69,6 +69,7 @@ class KVCache:
         self.blocks = blocks
         self.block_size = block_size
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.windows: dict[int, int | None] = {}  # of layers that have attended
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +85,7 @@ class KVCache:
         found = KVCache(blocks, self.block_size)
         for layer, (keys, values) in self._layers.items():
             found._layers[layer] = (found._pool(keys), found._pool(values))
+        found.windows = self.windows
         return found
 
     def layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +112,33 @@ class KVCache:
         return like.new_empty(self.blocks * self.block_size, *like.shape[1:])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DrawnPlan:
+    """As Plan, where all of it is data on the device: see `decoder.Tokens`."""
+
+    cache: KVCache
+    slots: Tensor
+    tables: Tensor
+    sequences: Tensor
+    lengths: Tensor
+    tiles: kernels.Tiles | None
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Rows that are none write what the first row does, to its place."""
+        kept = self.slots >= 0
+        source = torch.arange(len(kept), device=kept.device) * kept
+        slots = self.slots.clamp(min=0).long()[source]
+        self.cache.write(layer, slots, keys[source], values[source])
+
+    @property
+    def for_kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tables, self.sequences, self.lengths
+
+    def tiled(self, q: Tensor, kv_heads: int) -> kernels.Tiles | None:
+        """The tiles to attend in, if it is to be in tiles."""
+        return self.tiles
+
+
 class Plan:
     """What every layer of a pass needs of its pieces, computed once."""
 
@@ -133,6 +162,17 @@ class Plan:
             return torch.tensor(values, dtype=torch.int32, device=self.device)
 
         return tensor(tables), tensor(sequences), tensor(lengths)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keys and values [rows, heads, dim] of the pass."""
+        self.cache.write(layer, self.writes, keys, values)
+
+    def tiled(self, q: Tensor, kv_heads: int) -> kernels.Tiles | None:
+        """The tiles to attend in, if it is to be in tiles."""
+        if len(q) <= kernels.FEW_ROWS:
+            return None
+        spans = [(p.start, p.stop, i) for i, p in enumerate(self.pieces)]
+        return kernels.tiles_of(spans, q.shape[1], kv_heads, q.device)
 
     def _slots(self, piece: Piece) -> Tensor:
         """Where each token of a sequence is in the cache, int64 [length]."""
@@ -247,19 +287,23 @@ def paged_attention(
     a way that is not known here.
     """
     unknown = [k for k, v in others.items() if k not in _INERT and v is not None]
-    own_mask = attention_mask is not None and attention_mask.dim() > 0
+    running = step.current()
+    assert running is not None, "attention runs in a step"
+    plan: Plan | DrawnPlan = running.plan
+    layer = int(module.layer_idx)
+    drawn = isinstance(plan, DrawnPlan)  # then no mask was made, and the window is known
+    own_mask = attention_mask is not None and attention_mask.dim() > 0 and not drawn
     if unknown or own_mask or query.shape[2] != 1:
         what = f"argument `{unknown[0]}`" if unknown else "mask or layout"
         raise RuntimeUnfitError(f"the attention of `{type(module).__name__}` has its own {what}")
-    running = step.current()
-    assert running is not None, "attention runs in a step"
-    plan: Plan = running.plan
-    window = None if attention_mask is None else int(attention_mask)
+    if not drawn:
+        plan.cache.windows[layer] = None if attention_mask is None else int(attention_mask)
+    window = plan.cache.windows[layer]
     form = _Form(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
-    q, layer = query[:, :, 0].contiguous(), int(module.layer_idx)
-    plan.cache.write(layer, plan.writes, key[:, :, 0], value[:, :, 0])
+    q = query[:, :, 0].contiguous()
+    plan.write(layer, key[:, :, 0], value[:, :, 0])
     sinks = _sinks(s_aux, running.tokens)
-    if on_gpu(q):
+    if on_gpu(q) or isinstance(plan, DrawnPlan):
         return _with_kernels(q, plan, layer, form, sinks).unsqueeze(1), None
     out = q.new_empty(*q.shape[:2], value.shape[-1])
     for piece, slots in zip(plan.prefills, plan.prefill_slots, strict=True):
@@ -291,7 +335,9 @@ def paged_attention(
     return out.unsqueeze(1), None
 
 
-def _with_kernels(q: Tensor, plan: Plan, layer: int, form: _Form, sinks: Tensor | None) -> Tensor:
+def _with_kernels(
+    q: Tensor, plan: Plan | DrawnPlan, layer: int, form: _Form, sinks: Tensor | None
+) -> Tensor:
     """[rows, heads, dim]; rows of prompts share what they read, where there are many."""
     keys, values = plan.cache.tensors(layer)
     tables, sequences, lengths = plan.for_kernels
@@ -302,10 +348,9 @@ def _with_kernels(q: Tensor, plan: Plan, layer: int, form: _Form, sinks: Tensor 
         "softcap": form.softcap,
         "sinks": sinks,
     }
-    if len(q) <= kernels.FEW_ROWS:
+    tiles = plan.tiled(q, keys.shape[1])
+    if tiles is None:
         return kernels.attend(q, keys, values, tables, sequences, lengths, **options)
-    spans = [(p.start, p.stop, i) for i, p in enumerate(plan.pieces)]
-    tiles = kernels.tiles_of(spans, q.shape[1], keys.shape[1], q.device)
     return kernels.prefill(q, keys, values, tables, tiles, lengths, **options)
 
 
@@ -339,7 +384,7 @@ def _attend(
     return (weights @ v).to(dtype)
 
 
-def _sinks(s_aux: Tensor | None, tokens: step.Rows) -> Tensor | None:
+def _sinks(s_aux: Tensor | None, tokens: step.Rows | step.Drawn) -> Tensor | None:
     """Each row's own sinks, [rows, heads]."""
     if s_aux is None:
         return None

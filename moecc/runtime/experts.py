@@ -324,4 +324,7 @@ def _physical(module: Any, logical: Tensor) -> Tensor:
     if remap.dim() == 1:
         return remap[logical]
     assert rows is not None, "a batch of several variants runs in a step"
-    return remap[rows.tokens.variants.unsqueeze(1), logical]
+    found = remap[rows.tokens.variants.unsqueeze(1), logical]
+    if isinstance(rows.tokens, step.Drawn):  # rows that are none read no weights
+        found = found.masked_fill(rows.tokens.given.unsqueeze(1) < 0, -1)
+    return found

@@ -1,9 +1,9 @@
-"""Passes of a Decoder: what a pass needs goes over in one copy, and small passes are CUDA graphs.
+"""Passes whose rows are data: what one needs goes over in one copy, and small ones are CUDA graphs.
 
-A graph holds a pass of so many rows. Which tokens they are, of which variants, and where their keys
-are is data in one buffer, so that one graph serves every mix of variants and of prompts that are
-read with answers that are written. Rows left over are none. Longer passes are launched one kernel
-after the other, which is no slower for them.
+They are of a Decoder, or of a Modeled. A graph holds a pass of so many rows. Which tokens they are,
+of which variants, and where their keys are is data in one buffer, so that one graph serves every
+mix of variants and of prompts that are read with answers that are written. Rows left over are none.
+Longer passes are launched one kernel after the other, which is no slower for them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from moecc.kernels.attention import FEW_ROWS, tiles_of
 from moecc.runtime.attention import KVCache
 from moecc.runtime.decoder import Decoder, Tokens
+from moecc.runtime.modeled import Modeled
 from moecc.runtime.paged import Part
 from moecc.runtime.residency import Residency
 
@@ -35,7 +36,7 @@ class _Graph:
 
 
 class FusedRunner:
-    """As PagedRunner, for a Decoder whose rows the residency keeps.
+    """As PagedRunner, for a forward whose rows the residency keeps.
 
     A token below zero, `-1 - row`, is the one that `keep` was last given in that row.
 
@@ -46,7 +47,7 @@ class FusedRunner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | Modeled,
         residency: Residency,
         cache: KVCache,
         device: torch.device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moecc.runtime.engine import Engine, Variant
 from moecc.runtime.experts import KernelExperts, LayerExperts
 from moecc.runtime.fused import FusedRunner
 from moecc.runtime.loading import Progress, Skeletons
+from moecc.runtime.modeled import Modeled
 from moecc.runtime.options import Options
 from moecc.runtime.paged import PagedRunner, Part
 from moecc.runtime.residency import SWAP_ROWS, Mixed, Residency, Resident, Swap
@@ -247,34 +249,40 @@ class _Opening:
 
     def _decoder(
         self, skeletons: Skeletons, layers: tuple[KernelExperts, ...], residency: Residency
-    ) -> Decoder | None:
-        """Our own layers, if they are of a family we know and give what transformers' give."""
-        if not all(recognized(model) for model in skeletons.models):
+    ) -> Decoder | Modeled | None:
+        """A forward that graphs can hold, if it gives what transformers' gives.
+
+        Of our own layers, or of transformers' where the family is none that we know.
+        """
+        mixed, variants = residency.mode == "mixed", len(self.artifact.variants)
+        make: Callable[[], Decoder | Modeled]
+        if all(recognized(model) for model in skeletons.models):
+            make = partial(Decoder, skeletons, layers, residency.rows, variants if mixed else 1)
+        elif mixed:
+            make = partial(Modeled, residency.activate(0), variants)
+        else:
             return None
-        rows, together = residency.rows, len(self.artifact.variants)
-        if residency.mode != "mixed":
-            together = 1
         try:
             with skeletons.first_layers(_PROBE_LAYERS):
-                probe = Decoder(skeletons, layers, rows, together)
-                error = self._disagreement(probe, residency)
+                error = self._disagreement(make(), residency)
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # of a kernel, on a GPU that is like none we know
-            self.note(f"our layers do not run here, and are not used: {_one_line(failure)}")
+            self.note(f"no CUDA graphs, which is slower: {_one_line(failure)}")
             return None
         if not error <= _AGREEMENT:
             self.note(f"our layers differ from transformers' by {error:.2g}, and are not used")
             return None
-        return Decoder(skeletons, layers, rows, together)
+        return make()
 
-    def _disagreement(self, decoder: Decoder, residency: Residency) -> float:
+    def _disagreement(self, decoder: Decoder | Modeled, residency: Residency) -> float:
         """Relative difference of the logits of a few tokens, of the variant with the largest.
 
         Of a variant's the median: now and then another expert is chosen.
         """
         variants = range(len(self.artifact.variants)) if residency.mode == "mixed" else [0]
         caches = [KVCache(len(variants), BLOCK_TOKENS) for _ in range(2)]
+        caches[1].windows = caches[0].windows
         theirs = PagedRunner(residency, caches[0], self.device)
         ours = FusedRunner(
             decoder,
@@ -294,7 +302,7 @@ class _Opening:
 
     def _runner(
         self,
-        decoder: Decoder | None,
+        decoder: Decoder | Modeled | None,
         residency: Residency,
         cache: KVCache,
         variants: list[Variant],
@@ -317,6 +325,8 @@ class _Opening:
             except Exception as error:  # of memory, or of whatever a driver does not do
                 runner.forget_graphs()
                 self.note(f"no CUDA graphs, which is slower: {_one_line(error)}")
+                if isinstance(decoder, Modeled):
+                    return PagedRunner(residency, cache, self.device)
         return runner
 
     def _cache(self, probed: KVCache, variants: list[Variant]) -> tuple[KVCache, list[Variant]]:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moecc.errors import RuntimeUnfitError
+from moecc.kernels.device import on_gpu
+from moecc.kernels.linear import linear as drawn_linear
 from moecc.runtime import step
 from moecc.runtime.linear import linear
 
@@ -125,7 +127,7 @@ def _only_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return not any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
 
 
-def _rows() -> step.Rows:
+def _rows() -> step.Rows | step.Drawn:
     running = step.current()
     if running is None or running.rows is None:
         raise RuntimeUnfitError("a per-variant weight meets rows in an order of their own")
@@ -134,19 +136,44 @@ def _rows() -> step.Rows:
 
 def _linear(x: Tensor, weight: Stacked, bias: Tensor | None = None) -> Tensor:
     _check_rows(x)
+    rows = _rows()
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    if isinstance(rows, step.Drawn):
+        return _drawn_linear(rows, flat, weight, bias).view(*x.shape[:-1], weight.shape[0])
     out = flat.new_empty(*flat.shape[:2], weight.shape[0])
-    for span in _rows().spans:
+    for span in rows.spans:
         part = slice(span.start, span.stop)
         own = bias.stack[span.variant] if isinstance(bias, Stacked) else bias
         out[part] = linear(flat[part], _of(weight, span.variant), own)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
+def _drawn_linear(rows: step.Drawn, x: Tensor, weight: Stacked, bias: Tensor | None) -> Tensor:
+    """[rows, n, out] of [rows, n, in], with nothing that the host would have to know."""
+    stack = weight.stack
+    biases = bias.stack if isinstance(bias, Stacked) else None
+    if biases is None and bias is not None:
+        biases = bias.expand(len(stack), -1)
+    if on_gpu(x):
+        many = rows if x.shape[1] == 1 else rows.repeated(x.shape[1])
+        own = None if biases is None else [biases]
+        out = drawn_linear(x.flatten(0, 1), [stack], many.for_kernels, biases=own)
+        return out.view(*x.shape[:2], -1)
+    # float32, of routers: every row by every weight.
+    out = x.new_empty(*x.shape[:2], stack.shape[1])
+    for variant, own_weight in enumerate(stack):
+        found = F.linear(x, own_weight, None if biases is None else biases[variant])
+        out = torch.where((rows.variants == variant)[:, None, None], found, out)
+    return out
+
+
 def _embedding(ids: Tensor, weight: Stacked, *args: Any, **kwargs: Any) -> Tensor:
     _check_rows(ids)
+    rows = _rows()
+    if isinstance(rows, step.Drawn):
+        return _looked_up(weight, ids)
     out = weight.stack.new_empty(*ids.shape, weight.shape[1])
-    for span in _rows().spans:
+    for span in rows.spans:
         part = slice(span.start, span.stop)
         out[part] = F.embedding(ids[part], _of(weight, span.variant))
     return out
@@ -159,6 +186,9 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    if isinstance(_rows(), step.Drawn):
+        return _scaled(x, F.layer_norm(x.float(), shape, eps=eps), weight, bias)
+
     def run(part: Tensor, variant: int) -> Tensor:
         return F.layer_norm(part, shape, _of(weight, variant), _of(bias, variant), eps)
 
@@ -168,12 +198,27 @@ def _layer_norm(
 def _rms_norm(
     x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
+    if isinstance(_rows(), step.Drawn):
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        return _scaled(x, F.rms_norm(x.float(), shape, eps=eps), weight, None)
     return _by_variant(lambda part, v: F.rms_norm(part, shape, _of(weight, v), eps), x)
+
+
+def _scaled(x: Tensor, normed: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What a norm in float32 gives, by weights and biases, in the dtype of `x`."""
+    _check_rows(x)
+    if weight is not None:
+        normed = normed * _beside(weight, x).float()
+    if bias is not None:
+        normed = normed + _beside(bias, x).float()
+    return normed.to(x.dtype)
 
 
 def _by_variant(run: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
     _check_rows(x)
-    return torch.cat([run(x[s.start : s.stop], s.variant) for s in _rows().spans])
+    rows = _rows()
+    assert isinstance(rows, step.Rows)
+    return torch.cat([run(x[s.start : s.stop], s.variant) for s in rows.spans])
 
 
 def _of(weight: Any, variant: int) -> Any:

@@ -1,9 +1,10 @@
 """The forward pass that is running: which of its rows belong to whom.
 
 Every token is a batch row of its own (`[tokens, 1, ...]`), so axis 0 is the token axis of every
-activation, whatever a family does to the others. Rows are grouped by variant, and within a variant
-by sequence. Attention, the experts and per-variant weights find the pass here: transformers'
-modeling code between them knows nothing of it.
+activation, whatever a family does to the others. Where the host knows whose they are, rows are
+grouped by variant, and within a variant by sequence; in a graph that is data. Attention, the
+experts and per-variant weights find the pass here: transformers' modeling code between them knows
+nothing of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from moecc.kernels import linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,41 @@ class Rows:
     def count(self) -> int:
         return self.spans[-1].stop
 
+    def repeated(self, times: int) -> Rows:
+        """Every row so many times."""
+        spans = [Span(s.variant, s.start * times, s.stop * times) for s in self.spans]
+        return Rows(tuple(spans), self.device)
+
     @cached_property
     def variants(self) -> Tensor:
         """int64 [rows] on the device."""
         found = [span.variant for span in self.spans for _ in range(span.start, span.stop)]
         return torch.tensor(found, device=self.device)
+
+
+class Drawn:
+    """Rows whose variants are data, int32 on the device; negative ones are none."""
+
+    def __init__(self, variants: Tensor, count: int) -> None:
+        """`count` is how many variants there are."""
+        self.given = variants
+        self.of = count
+
+    @property
+    def count(self) -> int:
+        return len(self.given)
+
+    @cached_property
+    def variants(self) -> Tensor:
+        """int64 [rows]; of rows that are none, any."""
+        return self.given.clamp(min=0).long()
+
+    @cached_property
+    def for_kernels(self) -> linear.Rows:
+        return linear.Rows(self.given, self.of, self.of)
+
+    def repeated(self, times: int) -> Drawn:
+        return Drawn(self.given.repeat_interleave(times), self.of)
 
 
 @dataclass(eq=False)
@@ -56,11 +89,11 @@ class Step:
             rows are in an order of their own.
     """
 
-    tokens: Rows
-    outputs: Rows
+    tokens: Rows | Drawn
+    outputs: Rows | Drawn
     output_rows: Tensor
     plan: Any
-    rows: Rows | None = field(init=False)
+    rows: Rows | Drawn | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = self.tokens
@@ -90,8 +123,7 @@ def repeated(times: int) -> Iterator[None]:
     step = current()
     before = step.rows if step is not None else None
     if step is not None and before is not None:
-        spans = [Span(s.variant, s.start * times, s.stop * times) for s in before.spans]
-        step.rows = Rows(tuple(spans), before.device)
+        step.rows = before.repeated(times)
     yield
     if step is not None:
         step.rows = before
