@@ -134,7 +134,7 @@ def _rows() -> step.Rows | step.Drawn:
     return running.rows
 
 
-def _linear(x: Tensor, weight: Stacked, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check_rows(x)
     rows = _rows()
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -148,16 +148,20 @@ def _linear(x: Tensor, weight: Stacked, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _drawn_linear(rows: step.Drawn, x: Tensor, weight: Stacked, bias: Tensor | None) -> Tensor:
+def _drawn_linear(rows: step.Drawn, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[rows, n, out] of [rows, n, in], with nothing that the host would have to know."""
-    stack = weight.stack
-    biases = bias.stack if isinstance(bias, Stacked) else None
-    if biases is None and bias is not None:
-        biases = bias.expand(len(stack), -1)
+    count = rows.of
+    stack = weight.stack if isinstance(weight, Stacked) else weight.expand(count, -1, -1)
+    biases = bias.stack if isinstance(bias, Stacked) else bias
+    if biases is not None and biases.dim() == 1:  # equal in all variants
+        biases = biases.expand(count, -1)
     if on_gpu(x):
-        many = rows if x.shape[1] == 1 else rows.repeated(x.shape[1])
+        flat, many = x.flatten(0, 1), rows
+        if x.shape[1] > 1:
+            many = rows.repeated(x.shape[1])
+            flat = flat.clone()  # a launch between: kernels read rows early
         own = None if biases is None else [biases]
-        out = drawn_linear(x.flatten(0, 1), [stack], many.for_kernels, biases=own)
+        out = drawn_linear(flat, [stack], many.for_kernels, biases=own)
         return out.view(*x.shape[:2], -1)
     # float32, of routers: every row by every weight.
     out = x.new_empty(*x.shape[:2], stack.shape[1])

@@ -30,6 +30,7 @@ from moecc.runtime.residency import Mixed, Swap
 DEVICE = os.environ.get("MOE_DEVICE", "cuda")
 PLACE = torch.device(DEVICE)
 FAMILIES = ("mixtral", "qwen3-moe", "olmoe")
+OTHERS = sorted(set(served.DECODERS) - {*FAMILIES, "qwen3-moe-tied"})
 ROWS, BLOCK = 64, 16
 
 pytestmark = [
@@ -106,6 +107,16 @@ class TestAnswers:
         self, family: str, mode: str, built: Built, passes: Passes, launched: Launched
     ) -> None:
         served.check_tokens(built, passes, family, mode, "bfloat16", DEVICE)
+        assert passes.fused == len(passes.parts) > 0
+        assert len(launched.captured) == (DEVICE != "cpu")
+        assert launched.rows == []
+
+    @pytest.mark.parametrize("name", [*OTHERS, "gpt-oss-window", "qwen2-moe-window"])
+    def test_other_families(
+        self, name: str, built: Built, passes: Passes, launched: Launched
+    ) -> None:
+        """Transformers' layers in graphs."""
+        served.check_tokens(built, passes, name, "mixed", "bfloat16", DEVICE)
         assert passes.fused == len(passes.parts) > 0
         assert len(launched.captured) == (DEVICE != "cpu")
         assert launched.rows == []
