@@ -32,8 +32,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class FakeDecoder:
     """Keeps what it is given; the logits of a row are ten times its number."""
 
-    heads = (4, 2)
-
     def __init__(self) -> None:
         self.passes: list[Tokens] = []
 
@@ -131,23 +129,16 @@ class TestFill:
         fakes.filled([part(1, 3)], 4)
         again = fakes.filled([part(1, 8)], 8)
         for field in fields(Tokens):
-            if field.name != "tiles":
+            if field.name != "spans":
                 one, other = getattr(first, field.name), getattr(again, field.name)
                 assert one.data_ptr() == other.data_ptr()
                 assert torch.equal(one, other)
 
-    def test_long_passes_have_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_long_passes_have_spans(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fused, "SIZES", (1, 2, 4))
         fakes = Fakes()
-        assert fakes.filled([part(0, 3)], 4).tiles is None
-        tiles = fakes.filled([part(0, 1, 3), part(1, 7)], 8).tiles
-        assert tiles is not None
-        rows = [
-            (row, sequence)
-            for first, count, sequence in tiles.table.tolist()
-            for row in range(first, first + count)
-        ]
-        assert rows == [(0, 0), *((row, 1) for row in range(1, 8))]
+        assert fakes.filled([part(0, 3)], 4).spans is None
+        assert fakes.filled([part(0, 1, 3), part(1, 7)], 8).spans == [(0, 1, 0), (1, 8, 1)]
 
 
 class TestRun:

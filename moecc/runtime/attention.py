@@ -112,31 +112,39 @@ class KVCache:
         return like.new_empty(self.blocks * self.block_size, *like.shape[1:])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class DrawnPlan:
-    """As Plan, where all of it is data on the device: see `decoder.Tokens`."""
+    """As Plan, where all but `spans` is data on the device: see `decoder.Tokens`."""
 
-    cache: KVCache
-    slots: Tensor
-    tables: Tensor
-    sequences: Tensor
-    lengths: Tensor
-    tiles: kernels.Tiles | None
+    def __init__(
+        self,
+        cache: KVCache,
+        slots: Tensor,
+        tables: Tensor,
+        sequences: Tensor,
+        lengths: Tensor,
+        spans: Sequence[tuple[int, int, int]] | None,
+    ) -> None:
+        self.cache = cache
+        self.for_kernels = tables, sequences, lengths
+        self._spans = spans
+        self._tiles: dict[tuple[int, int], kernels.Tiles] = {}
+        # Rows that are none write what the first row does, to its place.
+        kept = slots >= 0
+        self._source = torch.arange(len(slots), device=slots.device) * kept
+        self._slots = slots.clamp(min=0).long()[self._source]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Rows that are none write what the first row does, to its place."""
-        kept = self.slots >= 0
-        source = torch.arange(len(kept), device=kept.device) * kept
-        slots = self.slots.clamp(min=0).long()[source]
-        self.cache.write(layer, slots, keys[source], values[source])
-
-    @property
-    def for_kernels(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.tables, self.sequences, self.lengths
+        """Keys and values [rows, heads, dim] of the pass."""
+        self.cache.write(layer, self._slots, keys[self._source], values[self._source])
 
     def tiled(self, q: Tensor, kv_heads: int) -> kernels.Tiles | None:
         """The tiles to attend in, if it is to be in tiles."""
-        return self.tiles
+        if self._spans is None:
+            return None
+        shape = q.shape[1], kv_heads
+        if shape not in self._tiles:
+            self._tiles[shape] = kernels.tiles_of(self._spans, *shape, q.device)
+        return self._tiles[shape]
 
 
 class Plan:

@@ -28,7 +28,6 @@ from moecc.runtime.loading import Skeletons
 
 # Pre-norm layers of attention and experts, by the class transformers has for them.
 _LAYERS = {"MixtralDecoderLayer", "Qwen3MoeDecoderLayer", "OlmoeDecoderLayer"}
-# These change their frequencies with the length of what they read.
 _MOVING_ROPES = {"dynamic", "longrope"}
 
 
@@ -46,7 +45,8 @@ class Tokens:
         lengths: [n], how many keys it sees.
         outputs: [m], the rows whose logits are wanted.
         tables: [sequences, blocks], the blocks of the cache of every sequence.
-        tiles: of prompts; None where every row attends on its own.
+        spans: (start, stop, row of `tables`) of the rows of each sequence, where they attend
+            together; None where every row does on its own.
     """
 
     ids: Tensor
@@ -57,7 +57,7 @@ class Tokens:
     lengths: Tensor
     outputs: Tensor
     tables: Tensor
-    tiles: Tiles | None = None
+    spans: Sequence[tuple[int, int, int]] | None = None
 
 
 def recognized(model: Any) -> bool:
@@ -70,8 +70,13 @@ def recognized(model: Any) -> bool:
         and all(hasattr(layer.mlp, "experts") for layer in layers)
         and all(_is_plain(layer.mlp.experts) for layer in layers)
         and getattr(model.config, "clip_qkv", None) is None
-        and body.rotary_emb.rope_type not in _MOVING_ROPES
+        and not turns_by_length(model)
     )
+
+
+def turns_by_length(model: Any) -> bool:
+    """Whether its rotary frequencies change with the length of what it reads."""
+    return any(getattr(m, "rope_type", None) in _MOVING_ROPES for m in model.modules())
 
 
 def _is_plain(experts: Any) -> bool:
@@ -126,7 +131,7 @@ class Decoder:
             _layer(i, module, weights, layers[i]) for i, module in enumerate(model.model.layers)
         ]
         first = model.model.layers[0].self_attn
-        self.heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self._heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self._scaling = float(first.scaling)
         self._dim = int(first.head_dim)
         self._window: int | None = getattr(config, "sliding_window", None)
@@ -136,9 +141,12 @@ class Decoder:
         """Logits [m, vocab] of `tokens.outputs`; keys and values go to the cache."""
         rows = Rows(tokens.variants, self._count, self._together)
         owners = tokens.variants.clamp(min=0)  # of rows that are none, any
+        tiles = None
+        if tokens.spans is not None:
+            tiles = attention.tiles_of(tokens.spans, *self._heads, tokens.ids.device)
         hidden = self._embedding[owners, tokens.ids]
         for layer in self._layers:
-            attended = self._attention(layer, hidden, rows, owners, tokens, cache)
+            attended = self._attention(layer, hidden, rows, owners, tokens, tiles, cache)
             hidden = linear(attended, [layer.out], rows, biases=layer.out_bias, residual=hidden)
             x, norm = deferred(hidden, layer.expert_norm, rows.variants)
             physical, routing = route(
@@ -171,6 +179,7 @@ class Decoder:
         rows: Rows,
         owners: Tensor,
         tokens: Tokens,
+        tiles: Tiles | None,
         cache: KVCache,
     ) -> Tensor:
         """What the heads find, [n, heads * dim]."""
@@ -198,7 +207,7 @@ class Decoder:
         }
         frequencies, tables, lengths = self._frequencies, tokens.tables, tokens.lengths
         positions, slots = tokens.positions, tokens.slots
-        if tokens.tiles is None:
+        if tiles is None:
             return attend_newest(
                 q,
                 k,
@@ -215,7 +224,7 @@ class Decoder:
                 **seen,
             ).flatten(1)
         q = rotary.rotate_and_store(q, k, v, frequencies, positions, slots, keys, values, **turning)
-        found = attention.prefill(q, keys, values, tables, tokens.tiles, lengths, **seen)
+        found = attention.prefill(q, keys, values, tables, tiles, lengths, **seen)
         return found.flatten(1)
 
 

@@ -9,6 +9,7 @@ Longer passes are launched one kernel after the other, which is no slower for th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moecc.kernels.attention import FEW_ROWS, tiles_of
+from moecc.kernels.attention import FEW_ROWS
 from moecc.runtime.attention import KVCache
 from moecc.runtime.decoder import Decoder, Tokens
 from moecc.runtime.modeled import Modeled
@@ -85,16 +86,21 @@ class FusedRunner:
             self._compute(tokens)  # compiles
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Other engines of the process may go on with what they do.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self._compute(tokens)
+            before = torch.cuda.current_stream()
+            try:
+                # Other engines of the process may go on with what they do.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    logits = self._compute(tokens)
+            finally:
+                torch.cuda.set_stream(before)  # torch leaves its own if a capture breaks
             self._graphs[size] = _Graph(graph.replay, logits)
             on_progress(done + 1, len(sizes))
 
     def forget_graphs(self) -> None:
         """From here on passes are launched."""
         self._graphs.clear()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a torch that still takes a broken capture for running
+            torch.cuda.empty_cache()
 
     def run(self, parts: Sequence[Part]) -> Tensor:
         """As `PagedRunner.run`."""
@@ -168,7 +174,7 @@ class FusedRunner:
         fields["lengths"][rows] = positions + 1
 
     def _tokens(self, parts: Sequence[Part], size: int, end: int) -> Tokens:
-        """Views of what is on the device; with tiles where there is no graph of this size."""
+        """Views of what is on the device; with spans where there is no graph of this size."""
         outputs = self._outputs(size)
         fields = self._device[self._tables : end - outputs].view(len(_FIELDS), size)
         tokens = Tokens(
@@ -178,6 +184,5 @@ class FusedRunner:
         )
         if size > SIZES[-1]:
             starts = np.cumsum([0, *(len(part.tokens) for part in parts)]).tolist()
-            spans = list(zip(starts[:-1], starts[1:], range(len(parts)), strict=True))
-            tokens.tiles = tiles_of(spans, *self._decoder.heads, self._device.device)
+            tokens.spans = list(zip(starts[:-1], starts[1:], range(len(parts)), strict=True))
         return tokens

@@ -20,9 +20,6 @@ class Modeled:
     """The forward of a Mixed residency's model; its layers must have attended before."""
 
     def __init__(self, model: Any, variants: int) -> None:
-        config = model.config.get_text_config()
-        heads = int(config.num_attention_heads)
-        self.heads = heads, int(getattr(config, "num_key_value_heads", None) or heads)
         self._model = model
         self._variants = variants
 
@@ -40,7 +37,7 @@ class Modeled:
                 tokens.tables,
                 tokens.sequences,
                 tokens.lengths,
-                tokens.tiles,
+                tokens.spans,
             ),
         )
         with step.running(running):

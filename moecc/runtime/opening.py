@@ -16,7 +16,7 @@ from moecc.errors import DamagedArtifactError, RuntimeUnfitError
 from moecc.manifest import variant_file, variant_folder
 from moecc.runtime import attention, devices, loading
 from moecc.runtime.attention import KVCache
-from moecc.runtime.decoder import Decoder, recognized
+from moecc.runtime.decoder import Decoder, recognized, turns_by_length
 from moecc.runtime.engine import Engine, Variant
 from moecc.runtime.experts import KernelExperts, LayerExperts
 from moecc.runtime.fused import FusedRunner
@@ -257,8 +257,10 @@ class _Opening:
         mixed, variants = residency.mode == "mixed", len(self.artifact.variants)
         make: Callable[[], Decoder | Modeled]
         if all(recognized(model) for model in skeletons.models):
+            what = "our layers"
             make = partial(Decoder, skeletons, layers, residency.rows, variants if mixed else 1)
-        elif mixed:
+        elif mixed and not any(turns_by_length(model) for model in skeletons.models):
+            what = "graphs of its layers"
             make = partial(Modeled, residency.activate(0), variants)
         else:
             return None
@@ -268,10 +270,10 @@ class _Opening:
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # of a kernel, on a GPU that is like none we know
-            self.note(f"no CUDA graphs, which is slower: {_one_line(failure)}")
+            self.note(f"{what} do not run here, and are not used: {_one_line(failure)}")
             return None
         if not error <= _AGREEMENT:
-            self.note(f"our layers differ from transformers' by {error:.2g}, and are not used")
+            self.note(f"{what} differ from transformers' by {error:.2g}, and are not used")
             return None
         return make()
 

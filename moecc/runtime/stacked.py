@@ -164,11 +164,9 @@ def _drawn_linear(rows: step.Drawn, x: Tensor, weight: Tensor, bias: Tensor | No
         out = drawn_linear(flat, [stack], many.for_kernels, biases=own)
         return out.view(*x.shape[:2], -1)
     # float32, of routers: every row by every weight.
-    out = x.new_empty(*x.shape[:2], stack.shape[1])
-    for variant, own_weight in enumerate(stack):
-        found = F.linear(x, own_weight, None if biases is None else biases[variant])
-        out = torch.where((rows.variants == variant)[:, None, None], found, out)
-    return out
+    every = F.linear(x, stack.flatten(0, 1)).view(*x.shape[:2], *stack.shape[:2])
+    found: Tensor = every.take_along_dim(rows.variants[:, None, None, None], 2).squeeze(2)
+    return found if biases is None else found + biases[rows.variants, None]
 
 
 def _embedding(ids: Tensor, weight: Stacked, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,7 +201,6 @@ def _rms_norm(
     x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     if isinstance(_rows(), step.Drawn):
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
         return _scaled(x, F.rms_norm(x.float(), shape, eps=eps), weight, None)
     return _by_variant(lambda part, v: F.rms_norm(part, shape, _of(weight, v), eps), x)
 
