@@ -251,9 +251,8 @@ class _Opening:
         """Our own layers, if they are of a family we know and give what transformers' give."""
         if not all(recognized(model) for model in skeletons.models):
             return None
-        rows, together = residency.rows, len(self.artifact.variants)
-        if residency.mode != "mixed":
-            together = 1
+        rows = residency.rows
+        together = len(self.artifact.variants) if residency.mode == "mixed" else 1
         try:
             with skeletons.first_layers(_PROBE_LAYERS):
                 probe = Decoder(skeletons, layers, rows, together)
