@@ -465,8 +465,8 @@ class Figures:
         table = Table()
         table.add_column("artifact")
         columns = ("of one variant's experts", "experts GiB", "other weights GiB", "KV cache GiB")
-        quality = "perplexity ratio (small family)"
-        for column in (*columns, "device used GiB", quality, "a copy's GB/s"):
+        columns += ("device used GiB", "perplexity ratio (small family)", "a copy's GB/s")
+        for column in columns:
             table.add_column(column, justify="right")
         for coding, artifact in self.artifacts.items():
             kept = artifact["quality"]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import re
@@ -30,7 +29,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from tables import markdown
+from tables import save
 
 from moecc.artifact import Artifact
 from moecc.consolidate import open_recipe, run
@@ -304,7 +303,6 @@ def main() -> None:
             f"{bar['mean']:.4f} (at most {bar['max_mean']:g}): {'ok' if bar['ok'] else 'MISSED'}"
         )
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "family": args.family,
             "variants": names,
@@ -314,8 +312,7 @@ def main() -> None:
             "rows": [asdict(result) for result in results],
             "bars": held,
         }
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        args.out.with_suffix(".md").write_text(markdown(shown), encoding="utf-8")
+        save(document, [shown], args.out)
         if importlib.util.find_spec("matplotlib"):
             plot(results, args.out.with_suffix(".png"), title)
 

@@ -38,7 +38,7 @@ from memory import MB, Server, checks_table, memory
 from rich.console import Console
 from rich.table import Table
 from scale import machine, read_fields
-from tables import markdown
+from tables import save
 
 PROMPTS = (
     "Once upon a time",
@@ -502,9 +502,7 @@ def main() -> None:
             **found,
             "checks": results,
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        args.out.with_suffix(".md").write_text("\n".join(map(markdown, shown)), encoding="utf-8")
+        save(document, shown, args.out)
         if importlib.util.find_spec("matplotlib"):
             title = f"{args.minutes:g} minutes of requests, {args.artifact.name}"
             plot(found, args.out.with_suffix(".png"), title)

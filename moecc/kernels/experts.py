@@ -230,24 +230,24 @@ def _partials(
     projection that is packed needs no `x`.
     """
     routes = sorted_routes.physical
-    shape = (len(routes), projection.out_features)
-    if digits is None and projection.coded:
+    coded = projection.coded
+    others = [term for term in projection.terms if not isinstance(term.stored, PackedSlots)]
+    if digits is None and coded:
         assert x is not None
         digits = packed.digits(x)
-    splits, coded = _splits(projection, len(routes)), projection.coded
-    # A term leaves the rows of experts as they are that have nothing of it.
     direct = _is_direct(projection, len(routes))
+    sums = len(coded) * _splits(projection, len(routes))
+    shape = (sums + len(others), len(routes), projection.out_features)
+    # A term leaves the rows of experts as they are that have nothing of it.
     new = torch.empty if direct or all(t.complete for t in projection.terms) else torch.zeros
-    plain = len(projection.terms) - len(coded)
-    out = new(len(coded) * splits + plain, *shape, device=routes.device)
+    out = new(shape, device=routes.device)
     if digits is not None and direct:
         packed.direct(digits, [(c, t.slots) for t, c in coded], routes, fan, out)
         return out
     if digits is not None:
         terms = [(c, *sorted_routes.blocks(t, _block(len(routes), t.count))) for t, c in coded]
-        packed.blocked(digits, terms, fan, out[: len(coded) * splits])
-    others = [term for term in projection.terms if not isinstance(term.stored, PackedSlots)]
-    for term, part in zip(others, out[len(coded) * splits :], strict=True):
+        packed.blocked(digits, terms, fan, out[:sums])
+    for term, part in zip(others, out[sums:], strict=True):
         assert x is not None
         _add_plain(x, fan, term, sorted_routes, part)
     return out

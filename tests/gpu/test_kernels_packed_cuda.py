@@ -163,7 +163,7 @@ class TestProducts:
         ):
             slots, values = coded(Coding.parse(coding), 2, *shape)
             order = torch.randperm(routes, device=DEVICE).int()
-            owners = [block_ % 2 for block_ in range(routes // block)]
+            owners = [i % 2 for i in range(routes // block)]
             by_route = [0] * routes
             for index, route in enumerate(order.tolist()):
                 by_route[route] = owners[index // block]

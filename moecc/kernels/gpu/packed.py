@@ -91,17 +91,10 @@ def gated_digits(partials: Tensor, activation: str, dtype: torch.dtype, parts: i
     return result
 
 
-def direct(
-    x: Digits,
-    terms: Sequence[Term],
-    physical: Tensor,
-    k: int,
-    out: Tensor,
-    tiling: Tiling | None = None,
-) -> None:
+def direct(x: Digits, terms: Sequence[Term], physical: Tensor, k: int, out: Tensor) -> None:
     """See `moecc.kernels.packed.direct`."""
     splits, scales = _splits(x, out, len(terms))
-    tiling = tiling or _SINGLE
+    tiling = _SINGLE
     for index in range(0, len(terms), 2):  # a launch for two, which often are all
         pair = terms[index : index + 2]
         (first, table), (second, second_table) = pair[0], pair[-1]
@@ -118,11 +111,7 @@ def direct(
             *_tensors(second),
             len(physical),
             k,
-            scales.shape[1],
-            x.values.shape[-1],
-            first.in_features,
-            first.scales.shape[-1],
-            first.out_features,
+            *_sizes(x, scales, first),
             CODING=_coding(first, tiling),
             SECOND=_coding(second, tiling),
             TERMS=len(pair),
@@ -133,16 +122,14 @@ def direct(
         )
 
 
-def blocked(
-    x: Digits, terms: Sequence[Blocks], k: int, out: Tensor, tiling: Tiling | None = None
-) -> None:
+def blocked(x: Digits, terms: Sequence[Blocks], k: int, out: Tensor) -> None:
     """See `moecc.kernels.packed.blocked`."""
     splits, scales = _splits(x, out, len(terms))
     for index, (slots, order, owners) in enumerate(terms):
         blocks = len(owners)
         block = len(order) // blocks
-        own = tiling or (_NARROW if block < 8 else _WIDE)
-        rows = _rows(slots, own)
+        tiling = _NARROW if block < 8 else _WIDE
+        rows = _rows(slots, tiling)
         _blocked[(blocks * triton.cdiv(slots.out_features, rows), splits)](
             x.values,
             scales,
@@ -153,18 +140,14 @@ def blocked(
             blocks,
             out.shape[1],
             k,
-            scales.shape[1],
-            x.values.shape[-1],
-            slots.in_features,
-            slots.scales.shape[-1],
-            slots.out_features,
-            CODING=_coding(slots, own),
+            *_sizes(x, scales, slots),
+            CODING=_coding(slots, tiling),
             BLOCK=block,
             ROWS=rows,
-            STAGES=own.stages,
+            STAGES=tiling.stages,
             FIRST=index == 0,
-            num_warps=own.warps,
-            maxnreg=_registers(slots, own),
+            num_warps=tiling.warps,
+            maxnreg=_registers(slots, tiling),
             **overlap(out.device),
         )
 
@@ -239,6 +222,12 @@ def _registers(slots: PackedSlots, tiling: Tiling) -> int | None:
     """Those that `tiling` allows; 8 bits have twice the sums, and longer steps more of all."""
     step = _coding(slots, tiling)[-1]
     return tiling.registers if slots.coding.bits < 8 and step == tiling.step else None
+
+
+def _sizes(x: Digits, scales: Tensor, slots: PackedSlots) -> tuple[int, int, int, int, int]:
+    """Parts of a row's scale, its padded and its own in-features, padded and own out-features."""
+    padded = scales.shape[1], x.values.shape[-1]
+    return *padded, slots.in_features, slots.scales.shape[-1], slots.out_features
 
 
 def _tensors(slots: PackedSlots) -> tuple[Tensor, Tensor, Tensor]:
@@ -489,7 +478,9 @@ def _direct(
     tl.store(out + index[:, None] + token[None, :] * 0, result, mask=kept)
 
 
-@triton.jit(do_not_specialize=["blocks", "routes", "k", "scale_parts"])
+@triton.jit(
+    do_not_specialize=["blocks", "routes", "k", "scale_parts"]
+)  # not compiled for each batch
 def _blocked(
     x,
     x_scale,
