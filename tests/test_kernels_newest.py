@@ -69,7 +69,7 @@ def row(
     sizes = [heads * dim, kv_heads * dim, kv_heads * dim_v]
     q, k, v = (torch.randn(1, sum(sizes)) * 2).to(dtype).to(device).split(sizes, dim=1)
     last = max(length - 1, 0)
-    slot = int(c.tables[0, last // block_size]) * block_size + last % block_size
+    slot = slot_of(c.tables, last, block_size)
     if length:  # nobody reads what was there
         c.cache_k[slot] = c.cache_v[slot] = torch.nan
     exponents = torch.arange(0, dim, 2).float() / dim
@@ -100,6 +100,11 @@ def row(
         },
         {"block_size": block_size, "scaling": dim**-0.5, "window": window},
     )
+
+
+def slot_of(tables: Tensor, position: int, block_size: int = 16) -> int:
+    """Where in the cache the first sequence has a position."""
+    return int(tables[0, position // block_size]) * block_size + position % block_size
 
 
 def check(found: Row, tolerance: float, different: float = 0.0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernels_newest import SHAPES, check, row
+from test_kernels_newest import SHAPES, check, row, slot_of
 
 from moecc.kernels.device import INTERPRETED
 
@@ -48,6 +48,7 @@ def test_graph_sees_new_rows() -> None:
     for length in (3, 2048, 64, 700):
         found.length.fill_(length)
         found.own[4].fill_(length - 1)
+        found.own[5].fill_(slot_of(found.tables, length - 1))
         found.own[0].normal_()
         out.fill_(torch.nan)
         graph.replay()
