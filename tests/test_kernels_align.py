@@ -11,21 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moecc.kernels import align as module
-from moecc.kernels.align import align, most_blocks
+from moecc.kernels.align import Order, align, most_blocks
 
-Drawn = tuple[list[int], list[list[int]], int]
+Drawn = tuple[list[int], list[tuple[list[int], int, int]]]
 
 
-def check(ids: Tensor, tables: Tensor, block: int, keys: int) -> None:
+def check(ids: Tensor, orders: list[Order]) -> None:
     """What `align` says it gives, but for the order within a key."""
-    orders, owners = align(ids, tables, block, keys)
-    blocks = most_blocks(len(ids), block, keys)
-    assert orders.shape == (len(tables), blocks * block)
-    assert owners.shape == (len(tables), blocks)
-    assert (orders.dtype, owners.dtype) == (torch.int32, torch.int32)
-    for table, order, owner in zip(
-        tables.tolist(), orders.view(-1, blocks, block).tolist(), owners.tolist(), strict=True
-    ):
+    for wished, (items, owners) in zip(orders, align(ids, orders), strict=True):
+        table, block = wished.table.tolist(), wished.block
+        blocks = most_blocks(len(ids), block, wished.keys)
+        assert (items.dtype, owners.dtype) == (torch.int32, torch.int32)
+        assert (items.shape, owners.shape) == ((blocks * block,), (blocks,))
+        order, owner = items.view(blocks, block).tolist(), owners.tolist()
         wanted = defaultdict(list)
         for item, id in enumerate(ids.tolist()):
             if id >= 0 and table[id] >= 0:
@@ -39,39 +37,41 @@ def check(ids: Tensor, tables: Tensor, block: int, keys: int) -> None:
         assert {key: sorted(items) for key, items in found.items()} == wanted
 
 
-def ints(values: list[int] | list[list[int]], device: str = "cpu") -> Tensor:
+def ints(values: list[int], device: str = "cpu") -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 @st.composite
 def drawn(draw: st.DrawFn, most: int = 200) -> Drawn:
-    """Ids, tables and how many keys there are."""
-    keys, width = draw(st.integers(1, 40)), draw(st.integers(1, 50))
-    table = st.lists(st.integers(-1, keys - 1), min_size=width, max_size=width)
-    ids = draw(st.lists(st.integers(-1, width - 1), min_size=1, max_size=most))
-    return ids, draw(st.lists(table, min_size=1, max_size=3)), keys
+    """Ids; tables, sizes of a block, and how many keys there are."""
+    width = draw(st.integers(1, 50))
+    ids, orders = draw(st.lists(st.integers(-1, width - 1), min_size=1, max_size=most)), []
+    for keys in draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)):
+        table = draw(st.lists(st.integers(-1, keys - 1), min_size=width, max_size=width))
+        orders.append((table, draw(st.sampled_from([1, 4, 16, 128])), keys))
+    return ids, orders
 
 
 @settings(max_examples=150, deadline=None)
-@given(drawn(), st.sampled_from([1, 4, 16, 128]))
-def test_any(drawn: Drawn, block: int) -> None:
-    ids, tables, keys = drawn
-    check(ints(ids), ints(tables), block, keys)
+@given(drawn())
+def test_any(drawn: Drawn) -> None:
+    ids, orders = drawn
+    check(ints(ids), [Order(ints(table), block, keys) for table, block, keys in orders])
 
 
 def test_values() -> None:
-    orders, owners = align(ints([3, 0, -1, 3, 1, 3, 2]), ints([[5, -1, 1, 5]]), 4, 6)
+    ((order, owners),) = align(ints([3, 0, -1, 3, 1, 3, 2]), [Order(ints([5, -1, 1, 5]), 4, 6)])
     found = {
         key: sorted(items)
-        for key, items in zip(owners[0].tolist(), orders.view(-1, 4).tolist(), strict=True)
+        for key, items in zip(owners.tolist(), order.view(-1, 4).tolist(), strict=True)
     }
     assert found == {1: [-1, -1, -1, 6], 5: [0, 1, 3, 5], -1: [-1] * 4}
 
 
 @pytest.mark.parametrize("ids", [[-1, -1, -1], [1, 1, 1]])
 def test_nothing_is_kept(ids: list[int]) -> None:
-    orders, owners = align(ints(ids), ints([[0, -1]]), 2, 1)
-    assert (orders == -1).all()
+    ((order, owners),) = align(ints(ids), [Order(ints([0, -1]), 2, 1)])
+    assert (order == -1).all()
     assert (owners == -1).all()
 
 
@@ -89,4 +89,5 @@ def test_kernels_run_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu, "align", lambda *arguments: arguments)
     monkeypatch.setattr(module, "has_kernels", lambda device: True)
-    assert len(align(ints([0, 1]), ints([[0, 0]]), 2, 1)) > 2
+    orders = [Order(ints([0, 0]), 2, 1)]
+    assert align(ints([0, 1]), orders)[1] is orders

@@ -93,14 +93,18 @@ class TestReference:
         x = torch.randn(5, 100)
         order = torch.tensor([3, 0, -1, -1, 1, 2, 5, 7, 9, 4, -1, -1], dtype=torch.int32)
         owners = torch.tensor([2, 0, -1], dtype=torch.int32)
-        out = torch.full((4, 10, 20), torch.nan)
-        packed.blocked(packed.digits(x), [(slots, order, owners), (slots, order, owners)], 2, out)
+        more, others = coded(Coding(2, 64), 2, 20, 100)
+        second = torch.tensor([0, 3, -1, 5], dtype=torch.int32)
+        terms = [(slots, order, owners), (more, second, torch.tensor([1], dtype=torch.int32))]
+        out = torch.full((2, 10, 20), torch.nan)
+        packed.blocked(packed.digits(x), terms, 2, out)
         physical = [2, 0, 0, 2, -1, 0, -1, 0, -1, -1]
         used = [route for route, slot in enumerate(physical) if slot >= 0]
         expected = products(x, [values], [[0, 1, 2]], physical, 2)
-        for parts in out.split(2):  # of each term
-            assert distance(parts.sum(0)[used], expected[used]) < 1e-6
-            assert parts[:, [4, 6, 8, 9]].isnan().all()
+        added = [1 if route in (0, 3, 5) else -1 for route in range(10)]
+        expected += products(x, [others], [[0, 1]], added, 2)
+        assert distance(out.sum(0)[used], expected[used]) < 1e-6
+        assert out[:, [4, 6, 8, 9]].isnan().all()
 
     @pytest.mark.parametrize("activation", sorted(packed.ACTIVATIONS))
     def test_gated_digits(self, activation: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,28 +14,44 @@ from moecc.kernels.device import has_kernels
 _MOST_ITEMS, _MOST_KEYS = 4096, 8192
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """Item `i` has the key `table[ids[i]]`; a negative key, or id, leaves it out.
+
+    `table` is int32 [any], its keys are below `keys`, and `block` items of a key are a block.
+    """
+
+    table: Tensor
+    block: int
+    keys: int
+
+
 def most_blocks(count: int, block: int, keys: int) -> int:
     """The most blocks that `count` items with one of `keys` keys can fill, or begin."""
     return min(count, count // block + min(count, keys))
 
 
-def align(ids: Tensor, tables: Tensor, block: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Groups items by key, each group padded to blocks of `block`; once for every table.
+def align(ids: Tensor, orders: Sequence[Order]) -> list[tuple[Tensor, Tensor]]:
+    """Groups the items `ids` int32 [n] by key, each group padded to whole blocks, in every order.
 
-    Item `i` has the key `tables[g, ids[i]]`; a negative key, or id, leaves it out. `ids` is int32
-    [n] and `tables` int32 [G, any], whose keys are below `keys`. Returns `order` int32
-    [G, blocks * block], the items (-1: padding), and `owners` int32 [G, blocks], each block's key
-    (-1: unused, after all that are used); items of a key are in their order. Nothing here waits
-    for the device.
+    Returns for each `order` int32 [blocks * block], the items (-1: padding), and `owners` int32
+    [blocks], each block's key (-1: unused, after all that are used); items of a key are in their
+    order. Nothing here waits for the device.
     """
-    blocks = most_blocks(len(ids), block, keys)
-    if has_kernels(ids.device) and len(ids) <= _MOST_ITEMS and keys <= _MOST_KEYS:
+    few = len(ids) <= _MOST_ITEMS and all(order.keys <= _MOST_KEYS for order in orders)
+    if has_kernels(ids.device) and few:
         from moecc.kernels.gpu.align import align as launch
 
-        return launch(ids, tables, block, blocks, keys)
+        return launch(ids, orders)
     known = ids.clamp(min=0).long()
-    found = [_aligned(table[known].where(ids >= 0, -1), block, blocks) for table in tables]
-    return torch.stack([order for order, _ in found]), torch.stack([own for _, own in found])
+    return [
+        _aligned(
+            order.table[known].where(ids >= 0, -1),
+            order.block,
+            most_blocks(len(ids), order.block, order.keys),
+        )
+        for order in orders
+    ]
 
 
 def _aligned(keys: Tensor, block: int, blocks: int) -> tuple[Tensor, Tensor]:

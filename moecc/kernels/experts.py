@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moecc.kernels import packed
-from moecc.kernels.align import align
+from moecc.kernels.align import Order, align
 from moecc.kernels.device import on_gpu
 from moecc.kernels.norm import Norm, rms_norm
 from moecc.kernels.packed import ACTIVATIONS, Digits, PackedSlots
@@ -58,13 +58,18 @@ class _Sorted:
     physical: Tensor
     _found: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def blocks(self, term: Term, block: int) -> tuple[Tensor, Tensor]:
-        """(order, owners) of the routes by their slot."""
-        key = id(term.slots), block
-        if key not in self._found:
-            order, owners = align(self.physical, term.slots[None], block, term.count)
-            self._found[key] = order[0], owners[0]
-        return self._found[key]
+    def blocks(self, *terms: tuple[Term, int]) -> list[tuple[Tensor, Tensor]]:
+        """(order, owners) of the routes by their slot of each term, in blocks of that size."""
+        keys = [(id(term.slots), block) for term, block in terms]
+        new = {
+            key: Order(term.slots, block, term.count)
+            for key, (term, block) in zip(keys, terms, strict=True)
+            if key not in self._found
+        }
+        if new:
+            found = align(self.physical, list(new.values()))
+            self._found.update(zip(new, found, strict=True))
+        return [self._found[key] for key in keys]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,12 +211,12 @@ def _plain(
         x = rms_norm(x, norm, variants)
     sorted_routes, count = _Sorted(physical.reshape(-1)), physical.numel()
     tiles = gpu.matrix_tiles(count, len(wide), wide.shape[2])
-    blocks = sorted_routes.blocks(first.terms[0], tiles.m)
+    (blocks,) = sorted_routes.blocks((first.terms[0], tiles.m))
     inner = gpu.gated_matrix(
         x, physical.shape[1], wide, blocks, physical, first.bias, activation, tiles
     )
     tiles = gpu.matrix_tiles(count, len(narrow), narrow.shape[2])
-    blocks = sorted_routes.blocks(down.terms[0], tiles.m)
+    (blocks,) = sorted_routes.blocks((down.terms[0], tiles.m))
     out = torch.empty(count, narrow.shape[1], dtype=x.dtype, device=x.device)
     gpu.routed_matrix(inner, 1, narrow, blocks, out, tiles)
     return gpu.combined(out, physical, routing, down.bias, residual)
@@ -236,16 +241,19 @@ def _partials(
         assert x is not None
         digits = packed.digits(x)
     direct = _is_direct(projection, len(routes))
-    sums = len(coded) * _splits(projection, len(routes))
+    sums = _splits(projection, len(routes)) * (len(coded) if direct else bool(coded))
     shape = (sums + len(others), len(routes), projection.out_features)
-    # A term leaves the rows of experts as they are that have nothing of it.
-    new = torch.empty if direct or all(t.complete for t in projection.terms) else torch.zeros
+    # A term leaves the rows of experts as they are that have nothing of it; packed terms share
+    # theirs, which the first one fills.
+    first = [term for term, _ in coded[:1]]
+    new = torch.empty if direct or all(t.complete for t in first + others) else torch.zeros
     out = new(shape, device=routes.device)
     if digits is not None and direct:
         packed.direct(digits, [(c, t.slots) for t, c in coded], routes, fan, out)
         return out
     if digits is not None:
-        terms = [(c, *sorted_routes.blocks(t, _block(len(routes), t.count))) for t, c in coded]
+        blocks = sorted_routes.blocks(*((t, _block(len(routes), t.count)) for t, _ in coded))
+        terms = [(stored, *own) for (_, stored), own in zip(coded, blocks, strict=True)]
         packed.blocked(digits, terms, fan, out[:sums])
     for term, part in zip(others, out[sums:], strict=True):
         assert x is not None
@@ -259,7 +267,7 @@ def _add_plain(x: Tensor, fan: int, term: Term, sorted_routes: _Sorted, out: Ten
 
     factors = term.stored[::-1] if isinstance(term.stored, tuple) else (term.stored,)
     tiles = gpu.matrix_tiles(len(out), term.count, x.shape[1])
-    blocks = sorted_routes.blocks(term, tiles.m)
+    (blocks,) = sorted_routes.blocks((term, tiles.m))
     for factor in factors:
         assert isinstance(factor, Tensor)
         last = factor is factors[-1]

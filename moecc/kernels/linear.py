@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moecc.kernels.align import align
+from moecc.kernels.align import Order, align
 from moecc.kernels.device import on_gpu
 from moecc.kernels.norm import Norm, rms_norm
 
@@ -33,8 +33,7 @@ class Rows:
         """(order, owners) of `align`."""
         if size not in self._blocks:
             same = torch.arange(self.count, dtype=torch.int32, device=self.variants.device)
-            order, owners = align(self.variants, same[None], size, self.count)
-            self._blocks[size] = order[0], owners[0]
+            (self._blocks[size],) = align(self.variants, [Order(same, size, self.count)])
         return self._blocks[size]
 
 

@@ -184,23 +184,24 @@ def blocked(x: Digits, terms: Sequence[Blocks], k: int, out: Tensor) -> None:
     Args:
         x: rows; route `r` takes row `r // k`.
         terms: those whose products are to be added, of one shape.
-        out: float32 [parts, n, out_features]: for each term in turn `parts / len(terms)` sums over
-            a part of the in-features each. Their sum is the result. Rows of routes that are in no
-            block of a term stay as they are.
+        out: float32 [parts, n, out_features]: sums over a part of the in-features each, and their
+            sum is the result. The first term overwrites rows, later ones add to what is there;
+            rows of routes that are in no block of a term stay as they are.
     """
     if x.scale is not None:
         from moecc.kernels.gpu import packed
 
         packed.blocked(x, terms, k, out)
         return
-    for part, (slots, order, owners) in zip(out.chunk(len(terms)), terms, strict=True):
+    for index, (slots, order, owners) in enumerate(terms):
         owner = owners.repeat_interleave(len(order) // len(owners))
         used = (order >= 0) & (owner >= 0)
         routes = order[used].long()
         products = out.new_zeros(len(routes), slots.out_features)
         _add_products(x.values[routes // k], slots, owner[used], products)
-        part[:, routes] = 0
-        part[0, routes] = products
+        if index == 0:
+            out[:, routes] = 0
+        out[0, routes] += products
 
 
 def reduced(

@@ -171,11 +171,12 @@ class TestProducts:
             order = torch.cat([order, ints([-1] * number * block)])
             terms.append((slots, order, ints([*owners, *[-1] * number])))
             expected.append(products(x, values, by_route, 2))
-        out = torch.full((3 * parts, routes, shape[0]), torch.nan, device=DEVICE)
-        packed.blocked(packed.digits(x, parts), terms, 2, out)
-        for found, wanted in zip(out.split(parts), expected, strict=True):
+        for count in range(1, 4):
+            out = torch.full((parts, routes, shape[0]), torch.nan, device=DEVICE)
+            packed.blocked(packed.digits(x, parts), terms[:count], 2, out)
+            wanted = torch.stack(expected[:count]).sum(0)
             for route in range(routes):
-                assert distance(found.sum(0)[route], wanted[route]) < TOLERANCE
+                assert distance(out.sum(0)[route], wanted[route]) < TOLERANCE
 
     @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
     def test_later_terms_see_new_rows(self) -> None:
@@ -187,7 +188,7 @@ class TestProducts:
         padded = torch.full((16, 4), -1, dtype=torch.int32, device=DEVICE)
         padded[:, 0] = order
         terms = [(first, order, ints([0])), (second, padded.view(-1), order)]
-        out = torch.empty(2, 16, shape[0], device=DEVICE)
+        out = torch.empty(1, 16, shape[0], device=DEVICE)
         packed.blocked(packed.digits(x), terms, 1, out)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -196,8 +197,8 @@ class TestProducts:
             x.copy_(activations(16, shape[1]).flip(0))
             out.fill_(torch.nan)
             graph.replay()
-            assert distance(out[0], x.double() @ one[0].T) < TOLERANCE
-            assert distance(out[1], torch.einsum("ni,noi->no", x.double(), many)) < TOLERANCE
+            expected = x.double() @ one[0].T + torch.einsum("ni,noi->no", x.double(), many)
+            assert distance(out[0], expected) < TOLERANCE
 
     @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
     def test_the_last_term_ends_after_the_first(self) -> None:
@@ -212,7 +213,7 @@ class TestProducts:
         physical = torch.zeros(32, 1, dtype=torch.int32, device=DEVICE)
 
         def run() -> Tensor:
-            out = torch.zeros(2, 32, shape[0], device=DEVICE)
+            out = torch.zeros(1, 32, shape[0], device=DEVICE)
             packed.blocked(packed.digits(x), terms, 1, out)
             return packed.reduced(out, physical, weights, None, torch.bfloat16)
 

@@ -2,73 +2,114 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moecc.kernels.align import Order, most_blocks
 from moecc.kernels.gpu.launch import begin, overlap
 
 _COMPARED = 16384  # pairs of a program
 _MOST_PLACED = 32  # items of a program
 
 
-def align(ids: Tensor, tables: Tensor, block: int, blocks: int, keys: int) -> tuple[Tensor, Tensor]:
+def align(ids: Tensor, orders: Sequence[Order]) -> list[tuple[Tensor, Tensor]]:
     """As `kernels.align.align`, for some thousand items and keys."""
-    groups, width = tables.shape
     count = len(ids)
-    order = torch.empty(groups, blocks * block, dtype=torch.int32, device=ids.device)
-    owners = torch.empty(groups, blocks, dtype=torch.int32, device=ids.device)
     padded = max(16, triton.next_power_of_2(count))
     part = min(_MOST_PLACED, padded, max(1, _COMPARED // padded))
-    _align[(triton.cdiv(count, part), groups)](
-        ids,
-        tables,
-        order,
-        owners,
-        count,
-        width,
-        blocks,
-        BLOCK=block,
-        N=padded,
-        PART=part,
-        KEYS=max(16, triton.next_power_of_2(keys)),
-        num_warps=4,
-        **overlap(ids.device),
-    )
-    return order, owners
+    found = []
+    for index in range(0, len(orders), 2):  # a launch for two, which mostly are all
+        pair = orders[index : index + 2]
+        new = [_blocks(ids, most_blocks(count, o.block, o.keys), o.block) for o in pair]
+        _align[(triton.cdiv(count, part), len(pair))](
+            ids,
+            pair[0].table,
+            *new[0],
+            len(new[0][1]),
+            pair[-1].table,
+            *new[-1],
+            len(new[-1][1]),
+            count,
+            BLOCK=pair[0].block,
+            SECOND_BLOCK=pair[-1].block,
+            KEYS=_keys_of(pair[0]),
+            SECOND_KEYS=_keys_of(pair[-1]),
+            ORDERS=len(pair),
+            N=padded,
+            PART=part,
+            num_warps=4,
+            **overlap(ids.device),
+        )
+        found += new
+    return found
+
+
+def _blocks(like: Tensor, blocks: int, block: int) -> tuple[Tensor, Tensor]:
+    return like.new_empty(blocks * block), like.new_empty(blocks)
+
+
+def _keys_of(order: Order) -> int:
+    """How many there are room for."""
+    return max(16, 1 << (order.keys - 1).bit_length())
 
 
 @triton.jit
-def _keys(ids, tables, items, count):
+def _keys(ids, table, items, count):
     known = tl.load(ids + items, mask=items < count, other=-1)
-    return tl.load(tables + known, mask=known >= 0, other=-1)
+    return tl.load(table + known, mask=known >= 0, other=-1)
 
 
 @triton.jit
 def _align(
     ids,
-    tables,
+    table,
     order,
     owners,
-    count,
-    width,
     blocks,
+    second_table,
+    second_order,
+    second_owners,
+    second_blocks,
+    count,
     BLOCK: tl.constexpr,
+    SECOND_BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    SECOND_KEYS: tl.constexpr,
+    ORDERS: tl.constexpr,
     N: tl.constexpr,
     PART: tl.constexpr,
-    KEYS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
-    group = tl.program_id(1)
-    tables += group * width
-    order += group * blocks * BLOCK
-    owners += group * blocks
+    if ORDERS == 1 or tl.program_id(1) == 0:
+        _place(ids, table, order, owners, blocks, count, BLOCK, KEYS, N, PART)
+    else:
+        _place(
+            ids, second_table, second_order, second_owners, second_blocks, count,
+            SECOND_BLOCK, SECOND_KEYS, N, PART,
+        )  # fmt: skip
+
+
+@triton.jit
+def _place(
+    ids,
+    table,
+    order,
+    owners,
+    blocks,
+    count,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    N: tl.constexpr,
+    PART: tl.constexpr,
+):
     j = tl.arange(0, N)
-    keys = _keys(ids, tables, j, count)
+    keys = _keys(ids, table, j, count)
     i = tl.program_id(0) * PART + tl.arange(0, PART)
-    mine = _keys(ids, tables, i, count)
+    mine = _keys(ids, table, i, count)
     kept = mine >= 0
     # Every program counts all items: that is quicker than to wait for each other.
     counts = tl.histogram(tl.maximum(keys, 0), KEYS, mask=keys >= 0)

@@ -4,8 +4,7 @@ A kernel launched with `overlap` may begin as soon as all programs of the kernel
 called `let_next_begin`, or ended. Every program calls `wait` once, whatever it goes on to do: then
 all kernels before are done, and what they wrote is there. Before it only weights are read, and what
 is settled: written before the last kernel that waited before it let the next begin, or before the
-last that is not of ours. Nothing is written before it, but by the products of a sum of which the
-first has waited: they write where nobody reads or writes until all are done.
+last that is not of ours. Nothing is written before it.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def direct(x: Digits, terms: Sequence[Term], physical: Tensor, k: int, out: Tens
 
 def blocked(x: Digits, terms: Sequence[Blocks], k: int, out: Tensor) -> None:
     """See `moecc.kernels.packed.blocked`."""
-    splits, scales = _splits(x, out, len(terms))
+    splits, scales = _splits(x, out, 1)
     for index, (slots, order, owners) in enumerate(terms):
         blocks = len(owners)
         block = len(order) // blocks
@@ -135,7 +135,7 @@ def blocked(x: Digits, terms: Sequence[Blocks], k: int, out: Tensor) -> None:
             scales,
             order,
             owners,
-            out[index * splits :],
+            out,
             *_tensors(slots),
             blocks,
             out.shape[1],
@@ -505,8 +505,8 @@ def _blocked(
     FIRST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    # The next term reads what this one waits for, and writes elsewhere: it begins while the last
-    # programs of this one end, and waits for them when it is done.
+    # The next term reads what this one waits for: it begins while the last programs of this one
+    # end, and waits for their sums before it adds its own to them.
     if FIRST:
         wait(OVERLAP)
     else:
@@ -514,28 +514,34 @@ def _blocked(
     let_next_begin(OVERLAP)
     block = tl.program_id(0) % blocks  # neighbors may share a slot
     slot = tl.load(owners + block)
-    if slot >= 0:
-        start = _start(tl.program_id(0) // blocks, padded_out, ROWS)
-        column = tl.arange(0, 2 * BLOCK)
-        route = tl.load(order + block * BLOCK + column // 2)
-        row = tl.maximum(route, 0) // k
-        columns = row.to(tl.int64) * 2 * padded_in + column % 2 * padded_in
-        result = _product(
-            x, columns, high, low, scales, slot, start, in_features, padded_out,
-            CODING, ROWS, BLOCK, STAGES,
-        )  # fmt: skip
-        route = tl.load(order + block * BLOCK + tl.arange(0, BLOCK))
-        row = tl.maximum(route, 0) // k
-        part = tl.program_id(1) % scale_parts
-        scale = tl.load(x_scale + row * scale_parts + part)
-        result *= scale[None, :]
-        index = start + tl.arange(0, ROWS)
-        out += tl.program_id(1).to(tl.int64) * routes * out_features
-        kept = (index < out_features)[:, None] & (route >= 0)[None, :]
-        where = tl.maximum(route, 0).to(tl.int64) * out_features
-        tl.store(out + index[:, None] + where[None, :], result, mask=kept)
+    if slot < 0:
+        if not FIRST:
+            wait(OVERLAP)
+        return
+    tile = tl.program_id(0) // blocks
+    start = _start(tile, padded_out, ROWS)
+    column = tl.arange(0, 2 * BLOCK)
+    route = tl.load(order + block * BLOCK + column // 2)
+    row = tl.maximum(route, 0) // k
+    columns = row.to(tl.int64) * 2 * padded_in + column % 2 * padded_in
+    result = _product(
+        x, columns, high, low, scales, slot, start, in_features, padded_out,
+        CODING, ROWS, BLOCK, STAGES,
+    )  # fmt: skip
+    route = tl.load(order + block * BLOCK + tl.arange(0, BLOCK))
+    row = tl.maximum(route, 0) // k
+    part = tl.program_id(1) % scale_parts
+    scale = tl.load(x_scale + row * scale_parts + part)
+    result *= scale[None, :]
+    index = start + tl.arange(0, ROWS)
+    out += tl.program_id(1).to(tl.int64) * routes * out_features
+    own = (index >= tile * ROWS) & (index < out_features)  # what tiles share is added once
+    kept = own[:, None] & (route >= 0)[None, :]
+    places = out + index[:, None] + (tl.maximum(route, 0).to(tl.int64) * out_features)[None, :]
     if not FIRST:
         wait(OVERLAP)
+        result += tl.load(places, mask=kept, other=0.0)
+    tl.store(places, result, mask=kept)
 
 
 @triton.jit
