@@ -154,9 +154,9 @@ class TestProducts:
                 assert out[:, route].isnan().all()
 
     @pytest.mark.parametrize("parts", [1, 2])
-    def test_blocked_terms(self, parts: int) -> None:
-        """Three, with blocks of their own."""
-        shape = SHAPES[-1]
+    @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]])
+    def test_blocked_terms(self, shape: tuple[int, int], parts: int) -> None:
+        """Three, with blocks of their own; tiles of the first shape overlap."""
         x, routes, terms, expected = activations(8, shape[1]), 16, [], []
         for number, (coding, block) in enumerate(
             [("4bit-g64", 16), ("2bit-g64", 4), ("1bit-g32", 8)]
