@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -179,6 +180,88 @@ class TestRun:
         assert fakes.decoder.passes[0].ids.tolist() == [32, 7, 30]
 
 
+class FakeCuda:
+    """Stands in for what `capture` uses of torch.cuda.
+
+    The capture number `breaks` breaks where it ends; like any that does, it leaves its own stream.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, breaks: int | None = None) -> None:
+        self.stream = "before"
+        self.captures = self.replays = 0
+        self._breaks = breaks
+        for name in ("current_stream", "set_stream", "graph", "empty_cache"):
+            patch.setattr(torch.cuda, name, getattr(self, name))
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
+
+    def current_stream(self) -> str:
+        return self.stream
+
+    def set_stream(self, stream: str) -> None:
+        self.stream = stream
+
+    @contextmanager
+    def graph(self, graph: object, *, pool: object, capture_error_mode: str) -> Iterator[None]:
+        self.stream = "of the capture"
+        self.captures += 1
+        yield
+        if self.captures == self._breaks:
+            raise RuntimeError("operation failed due to a previous error\nin many lines")
+        self.stream = "before"
+
+    def empty_cache(self) -> None:
+        if self._breaks is not None:
+            raise RuntimeError("a capture is still running")
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class TestCapture:
+    def test_graphs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The largest first; each is computed before it is captured, on rows that are none."""
+        cuda, fakes = FakeCuda(monkeypatch), Fakes()
+        progress: list[tuple[int, int]] = []
+        fakes.runner.capture(lambda done, of: progress.append((done, of)))
+        assert progress == [(done, 7) for done in range(1, 8)]
+        sizes = [len(tokens.ids) for tokens in fakes.decoder.passes]
+        assert sizes == [n for n in (32, 24, 16, 8, 4, 2, 1) for _ in range(2)]
+        assert all((tokens.variants == -1).all() for tokens in fakes.decoder.passes)
+        assert cuda.stream == "before"
+        fakes.decoder.passes.clear()
+        assert fakes.runner.run([part(0, 20)]).shape == (1, 1)
+        assert (cuda.replays, fakes.decoder.passes) == (1, [])
+
+    @pytest.mark.parametrize("within", [True, False])
+    def test_one_that_breaks(self, within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the pass, or where it ends: then the largest graphs are there already."""
+        cuda, fakes = FakeCuda(monkeypatch, breaks=3), Fakes()
+        forward = FakeDecoder.__call__
+
+        def broken(decoder: FakeDecoder, tokens: Tokens, cache: object) -> Tensor:
+            if within and cuda.captures == 3:
+                raise RuntimeError("operation not permitted")
+            return forward(decoder, tokens, cache)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeDecoder, "__call__", broken)
+            with pytest.raises(RuntimeError, match="operation"):
+                fakes.runner.capture(lambda done, of: None)
+        assert cuda.stream == "before"
+        assert list(fakes.runner._graphs) == [32, 24]
+        fakes.runner.forget_graphs()
+        fakes.decoder.passes.clear()
+        for parts in ([part(3, 20)], [part(1, 1, 6), part(0, 3, 2, logits=False), part(2, 2)]):
+            wanted = Fakes()
+            assert torch.equal(fakes.runner.run(parts), wanted.runner.run(parts))
+            found, (expected,) = fakes.decoder.passes.pop(), wanted.decoder.passes
+            for name in ("ids", "positions", "variants", "slots", "sequences", "lengths"):
+                assert torch.equal(getattr(found, name), getattr(expected, name))
+        assert cuda.replays == 0
+
+
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 
@@ -340,6 +423,46 @@ def test_without_graphs(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made._runner(object(), None, None, [variant]) is runner  # type: ignore[arg-type]
     assert runner._graphs == {}
     assert notes == ["no CUDA graphs, which is slower: CUDA out of memory"]
+
+
+@pytest.mark.parametrize(("name", "launched"), [("mixtral", True), ("qwen2-moe", False)])
+def test_a_capture_that_breaks(
+    name: str, launched: bool, built: Built, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own layers are launched after; transformers' are run as they were before."""
+    monkeypatch.setattr(loading, "on_gpu", lambda _: True)
+    cuda = FakeCuda(monkeypatch, breaks=3)
+    made = opening._Opening._runner
+
+    def on_a_gpu(self: Any, *arguments: Any) -> Any:
+        """But for where the runner's tensors are."""
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "device", torch.device("cuda", 0))
+            patch.setattr(opening, "PagedRunner", lambda r, c, _: PagedRunner(r, c, CPU))
+            patch.setattr(
+                opening,
+                "FusedRunner",
+                lambda d, r, c, _, **sizes: FusedRunner(d, r, c, CPU, **sizes),
+            )
+            return made(self, *arguments)
+
+    monkeypatch.setattr(opening._Opening, "_runner", on_a_gpu)
+    artifact = built.artifact(name)
+    notes: list[str] = []
+    options = Options(mode="mixed", dtype="float32", max_num_seqs=8, max_batch_tokens=16)
+    engine = open_engine(artifact, options, note=notes.append)
+    try:
+        assert (cuda.captures, cuda.stream) == (3, "before")
+        passes.clear()
+        requests = [served.request(v, v, served.prompt(9, i), 6) for i, v in enumerate(VARIANTS)]
+        found = served.ask(engine, requests)
+    finally:
+        engine.close()
+    why = "operation failed due to a previous error"
+    assert notes == [f"no CUDA graphs, which is slower: {why}"]
+    assert passes.fused == (len(passes.parts) if launched else 0)
+    assert cuda.replays == 0
+    served.assert_same(requests, found, built.reference(artifact, "float32"), 0.98)
 
 
 def test_layers_are_used_without_a_note(

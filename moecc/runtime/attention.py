@@ -128,7 +128,8 @@ class DrawnPlan:
         self.for_kernels = tables, sequences, lengths
         self._spans = spans
         self._tiles: dict[tuple[int, int], kernels.Tiles] = {}
-        # Rows that are none write what the first row does, to its place.
+        # Rows that are none write what the first row does, to its place. It is none itself only
+        # where all are: before there is anything in the cache.
         kept = slots >= 0
         self._source = torch.arange(len(slots), device=slots.device) * kept
         self._slots = slots.clamp(min=0).long()[self._source]
