@@ -329,7 +329,7 @@ class Passes:
         self.parts: list[list[Part]] = []
         self.static: list[list[int]] = []  # lengths of the prompts of a batch
         paged, fused, static = PagedRunner.run, FusedRunner.run, StaticRunner.run
-        self.fused = 0  # passes of our own layers
+        self.fused = 0  # passes on rows that are data
 
         def run_paged(runner: Any, parts: Sequence[Part]) -> Any:
             self.parts.append(list(parts))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import served
+import tiny
 import torch
 from served import VARIANTS, Built, Passes
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from moecc.artifact import Artifact
 from moecc.kernels import attention
 from moecc.kernels.attention import FEW_ROWS
-from moecc.runtime import loading, opening, step
+from moecc.runtime import experts, loading, opening, step
 from moecc.runtime.attention import KVCache
 from moecc.runtime.decoder import Decoder, Tokens, recognized
 from moecc.runtime.fused import FusedRunner
@@ -33,6 +34,40 @@ CPU = torch.device("cpu")
 OURS = ("mixtral", "qwen3-moe", "olmoe")
 OTHERS = sorted(set(served.DECODERS) - {*OURS, "qwen3-moe-tied"})
 WINDOWS = ("gpt-oss-window", "phimoe-window", "qwen2-moe-window")
+_LAYERS = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ROPES = {
+    kind: {"rope_type": "default", "rope_theta": theta}
+    for kind, theta in (("full_attention", 1e4), ("sliding_attention", 1e3))
+}
+# In windows and ropes; in that the first have no experts.
+DIFFERENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "mellum": (
+        "MellumForCausalLM",
+        _LAYERS
+        | {"num_experts": 4, "sliding_window": 6, "rope_parameters": _ROPES}
+        | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    ),
+    "glm4-moe": (
+        "Glm4MoeForCausalLM",
+        _LAYERS
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 3}
+        | {"n_group": 2, "topk_group": 1},
+    ),
+}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -267,6 +302,42 @@ def test_graphs_that_are_not_used(
     check_paged(built.artifact(family), f"graphs of its layers {why}", built, passes)
 
 
+@pytest.mark.parametrize("family", DIFFERENT)
+def test_layers_that_differ(
+    family: str, built: Built, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny.FAMILIES, family, DIFFERENT[family])
+    monkeypatch.setitem(served.CASES, family, served.Case(family))
+    served.check_tokens(built, passes, family, "mixed", "float32")
+    assert passes.fused == len(passes.parts)
+
+
+def test_experts_of_later_layers_are_tried(
+    built: Built, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are data read other experts than theirs, in the only layer that has any."""
+    monkeypatch.setitem(tiny.FAMILIES, "glm4-moe", DIFFERENT["glm4-moe"])
+    monkeypatch.setitem(served.CASES, "glm4-moe", served.Case("glm4-moe"))
+    physical = experts._physical
+
+    def wrong(module: Any, logical: Tensor) -> Tensor:
+        found, running = physical(module, logical), step.current()
+        if running is not None and isinstance(running.tokens, step.Drawn):
+            found = torch.where(found < 0, found, (found + 1) % 4)
+        return found
+
+    monkeypatch.setattr(experts, "_physical", wrong)
+    notes: list[str] = []
+    options = Options(mode="mixed", dtype="float32")
+    engine = open_engine(built.artifact("glm4-moe"), options, note=notes.append)
+    try:
+        assert isinstance(engine._runner, PagedRunner)
+    finally:
+        engine.close()
+    assert len(notes) == 1
+    assert notes[0].startswith("graphs of its layers differ from transformers' by 0.")
+
+
 def test_a_kernel_that_breaks(
     built: Built, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +353,6 @@ def test_a_kernel_that_breaks(
 
 def test_rows_that_stand_more_than_once() -> None:
     rows = step.Drawn(torch.tensor([2, -1, 0], dtype=torch.int32), 3).repeated(2)
-    assert (rows.count, rows.of) == (6, 3)
+    assert (rows.count, rows.variant_count) == (6, 3)
     assert rows.given.tolist() == rows.for_kernels.variants.tolist() == [2, 2, -1, -1, 0, 0]
     assert rows.variants.tolist() == [2, 2, 0, 0, 0, 0]

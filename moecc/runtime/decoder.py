@@ -28,7 +28,8 @@ from moecc.runtime.loading import Skeletons
 
 # Pre-norm layers of attention and experts, by the class transformers has for them.
 _LAYERS = {"MixtralDecoderLayer", "Qwen3MoeDecoderLayer", "OlmoeDecoderLayer"}
-_MOVING_ROPES = {"dynamic", "longrope"}
+# Their frequencies change with the length of the longest sequence of a batch.
+MOVING_ROPES = {"dynamic", "longrope"}
 
 
 @dataclass(eq=False)
@@ -76,7 +77,10 @@ def recognized(model: Any) -> bool:
 
 def turns_by_length(model: Any) -> bool:
     """Whether its rotary frequencies change with the length of what it reads."""
-    return any(getattr(m, "rope_type", None) in _MOVING_ROPES for m in model.modules())
+    found = [getattr(module, "rope_type", None) for module in model.modules()]
+    # Where layers differ in it, a module has one for each kind.
+    types = [t for own in found for t in (own.values() if isinstance(own, dict) else [own])]
+    return not MOVING_ROPES.isdisjoint(types)
 
 
 def _is_plain(experts: Any) -> bool:

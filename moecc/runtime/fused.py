@@ -42,8 +42,7 @@ class FusedRunner:
     A token below zero, `-1 - row`, is the one that `keep` was last given in that row.
 
     Attributes:
-        runs_ahead: passes run while the next one is prepared. With transformers' modeling code,
-            which takes the host longer than the device, tokens would come later for it.
+        runs_ahead: passes run while the next one is prepared.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from moecc.errors import DamagedArtifactError, RuntimeUnfitError
 from moecc.manifest import variant_file, variant_folder
 from moecc.runtime import attention, devices, loading
 from moecc.runtime.attention import KVCache
-from moecc.runtime.decoder import Decoder, recognized, turns_by_length
+from moecc.runtime.decoder import MOVING_ROPES, Decoder, recognized, turns_by_length
 from moecc.runtime.engine import Engine, Variant
 from moecc.runtime.experts import KernelExperts, LayerExperts
 from moecc.runtime.fused import FusedRunner
@@ -33,11 +33,9 @@ BLOCK_TOKENS = 16
 PATIENCE = {"resident": 0.05, "swap": 0.5, "mixed": 0.0}
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _DEFAULT_LENGTH = 4096
-# Their frequencies change with the length of the longest sequence of a batch.
-_SCALED_BY_LENGTH = {"longrope", "dynamic"}
 _PROBE_TOKENS = 4
-# Our layers are held against transformers' on so many, before rounding adds up, and may differ by
-# what rounding explains.
+# Our layers are held against transformers' on so many at least, before rounding adds up, and may
+# differ by what rounding explains.
 _PROBE_LAYERS = 2
 _AGREEMENT = 0.05
 _UNBOUNDED = 1 << 40
@@ -265,7 +263,7 @@ class _Opening:
         else:
             return None
         try:
-            with skeletons.first_layers(_PROBE_LAYERS):
+            with skeletons.first_layers(_probe_layers(skeletons.models[0])):
                 error = self._disagreement(make(), residency)
         except torch.OutOfMemoryError:
             raise
@@ -400,6 +398,12 @@ class _Opening:
         return asked
 
 
+def _probe_layers(model: Any) -> int:
+    """The first so many layers have one of every kind: the first may be dense."""
+    kinds = [[type(module) for module in layer.modules()] for layer in model.base_model.layers]
+    return max(_PROBE_LAYERS, 1 + max(map(kinds.index, kinds)))
+
+
 def _one_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
@@ -409,7 +413,7 @@ def _longest(config: Any) -> int | None:
     found = [n for key in _LENGTH_KEYS if (n := getattr(config, key, None))]
     rope = getattr(config, "rope_parameters", None) or {}
     for form in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if form.get("rope_type") in _SCALED_BY_LENGTH:
+        if form.get("rope_type") in MOVING_ROPES:
             own = form.get("original_max_position_embeddings")
             own = own or getattr(config, "original_max_position_embeddings", None)
             found = [own] if own else found

@@ -150,7 +150,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _drawn_linear(rows: step.Drawn, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[rows, n, out] of [rows, n, in], with nothing that the host would have to know."""
-    count = rows.of
+    count = rows.variant_count
     stack = weight.stack if isinstance(weight, Stacked) else weight.expand(count, -1, -1)
     biases = bias.stack if isinstance(bias, Stacked) else bias
     if biases is not None and biases.dim() == 1:  # equal in all variants

@@ -57,10 +57,9 @@ class Rows:
 class Drawn:
     """Rows whose variants are data, int32 on the device; negative ones are none."""
 
-    def __init__(self, variants: Tensor, count: int) -> None:
-        """`count` is how many variants there are."""
-        self.given = variants
-        self.of = count
+    def __init__(self, given: Tensor, variant_count: int) -> None:
+        self.given = given
+        self.variant_count = variant_count
 
     @property
     def count(self) -> int:
@@ -73,10 +72,10 @@ class Drawn:
 
     @cached_property
     def for_kernels(self) -> linear.Rows:
-        return linear.Rows(self.given, self.of, self.of)
+        return linear.Rows(self.given, self.variant_count, self.variant_count)
 
     def repeated(self, times: int) -> Drawn:
-        return Drawn(self.given.repeat_interleave(times), self.of)
+        return Drawn(self.given.repeat_interleave(times), self.variant_count)
 
 
 @dataclass(eq=False)

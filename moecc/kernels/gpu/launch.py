@@ -61,8 +61,8 @@ def wait(OVERLAP: tl.constexpr):
 
 @triton.jit
 def refresh(OVERLAP: tl.constexpr):
-    """For kernels that read, before they wait, what kernels have written that are done: none of it
-    is taken from a cache that may hold what was there before.
+    """For kernels that read, before they wait, what kernels have written that are done, since the
+    last that is not of ours: none of it is taken from a cache that may hold what was there before.
     """
     if OVERLAP:
         tl.inline_asm_elementwise(

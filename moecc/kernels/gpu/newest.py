@@ -12,13 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moecc.kernels.gpu.attention import _blocks, _merged, _splits
+from moecc.kernels.gpu.attention import _LOG2_E, _LOWEST, _MERGED, _blocks, _merged, _splits
 from moecc.kernels.gpu.launch import counters, let_next_begin, overlap, wait
 from moecc.kernels.gpu.rotary import normed_halves, turned_halves
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-1e30)
-_MERGED = 8192  # float32 values of partial results held in registers at once
 
 
 def attend_newest(
