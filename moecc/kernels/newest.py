@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from moecc.kernels import attention, rotary
@@ -36,53 +38,18 @@ def attend_newest(
     earlier tokens on their way before it waits for its own: they must be older than the last kernel
     that is not of ours.
     """
+    own = q, k, v, inv_freq, positions, slots, cache_k, cache_v
+    turning: dict[str, Any] = {
+        "rows": rows,
+        "q_norm": q_norm,
+        "k_norm": k_norm,
+        "eps": eps,
+        "attention_scaling": attention_scaling,
+    }
+    seen: dict[str, Any] = {"block_size": block_size, "scaling": scaling, "window": window}
     if on_gpu(q) and len(q) == 1 and 2 * inv_freq.shape[1] == q.shape[2]:
         from moecc.kernels.gpu.newest import attend_newest as launch
 
-        return launch(
-            q,
-            k,
-            v,
-            inv_freq,
-            positions,
-            slots,
-            cache_k,
-            cache_v,
-            tables,
-            sequences,
-            lengths,
-            rows=rows,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            eps=eps,
-            attention_scaling=attention_scaling,
-            block_size=block_size,
-            scaling=scaling,
-            window=window,
-        )
-    q = rotary.rotate_and_store(
-        q,
-        k,
-        v,
-        inv_freq,
-        positions,
-        slots,
-        cache_k,
-        cache_v,
-        rows=rows,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        eps=eps,
-        attention_scaling=attention_scaling,
-    )
-    return attention.attend(
-        q,
-        cache_k,
-        cache_v,
-        tables,
-        sequences,
-        lengths,
-        block_size=block_size,
-        scaling=scaling,
-        window=window,
-    )
+        return launch(*own, tables, sequences, lengths, **turning | seen)
+    q = rotary.rotate_and_store(*own, **turning)
+    return attention.attend(q, cache_k, cache_v, tables, sequences, lengths, **seen)

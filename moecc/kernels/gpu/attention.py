@@ -12,8 +12,8 @@ from moecc.kernels.gpu.launch import begin, counters, let_next_begin, overlap, w
 _PROGRAMS = 264  # two waves over an H100 or H200
 _MOST_SPLITS = 32
 _MERGED = 8192  # float32 values of partial results held in registers at once
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-1e30)  # below every score, and finite: differences of it are no NaN
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e30)  # below every score, and finite: differences of it are no NaN
 
 
 def attend(
@@ -33,17 +33,8 @@ def attend(
     """As `kernels.attention.attend`."""
     rows, heads, dim = q.shape
     kv_heads, dim_v = cache_v.shape[1:]
-    group = heads // kv_heads
-    splits = _splits(rows * kv_heads) if splits is None else splits
+    splits = splits_of(rows * kv_heads) if splits is None else splits
     out = q.new_empty(rows, heads, dim_v)
-    partial = lses = arrivals = None
-    if splits > 1:
-        partial = q.new_empty(rows, kv_heads, splits, group, dim_v, dtype=torch.float32)
-        lses = q.new_empty(rows, kv_heads, splits, group, dtype=torch.float32)
-        arrivals = counters(q.device, max(1024, triton.next_power_of_2(rows * kv_heads)))
-    padded = triton.next_power_of_2(max(dim, dim_v))
-    chunk = 64 if padded <= 128 else 32 if padded <= 256 else 16
-    merged = max(1, _MERGED // (triton.next_power_of_2(group) * triton.next_power_of_2(dim_v)))
     _attend[(kv_heads, rows, splits)](
         q,
         cache_k,
@@ -53,9 +44,7 @@ def attend(
         lengths,
         sinks,
         out,
-        partial,
-        lses,
-        arrivals,
+        *shared(q, cache_v, splits),
         *q.stride()[:2],
         *cache_k.stride()[:2],
         *cache_v.stride()[:2],
@@ -66,16 +55,8 @@ def attend(
         SOFTCAP=softcap,
         BLOCK_SIZE=block_size,
         KV_HEADS=kv_heads,
-        GROUP=group,
-        DIM=dim,
-        DIM_V=dim_v,
-        M=max(16, triton.next_power_of_2(group)),
         D=max(16, triton.next_power_of_2(dim)),
-        DV=max(16, triton.next_power_of_2(dim_v)),
-        CHUNK=chunk,
-        SPLITS=splits,
-        MERGED_HEADS=triton.next_power_of_2(group),
-        MERGED=min(merged, splits),
+        **sizes(q, cache_v, splits),
         num_warps=4,
         num_stages=2,
         **overlap(q.device),
@@ -137,10 +118,44 @@ def prefill(
     return out
 
 
-def _splits(programs: int) -> int:
+def splits_of(programs: int) -> int:
     """How many programs share a query: a power of two that about fills the GPU."""
     wanted = max(1, min(_MOST_SPLITS, _PROGRAMS // max(1, programs)))
     return 1 << (wanted.bit_length() - 1)
+
+
+def sizes(q: Tensor, cache_v: Tensor, splits: int) -> dict[str, int]:
+    """What is settled of a launch for rows [rows, heads, dim], each shared by so many programs."""
+    heads, dim = q.shape[1:]
+    kv_heads, dim_v = cache_v.shape[1:]
+    group = heads // kv_heads
+    merged_heads, padded_v = triton.next_power_of_2(group), triton.next_power_of_2(dim_v)
+    padded = max(triton.next_power_of_2(dim), padded_v)
+    return {
+        "GROUP": group,
+        "DIM": dim,
+        "DIM_V": dim_v,
+        "M": max(16, merged_heads),
+        "DV": max(16, padded_v),
+        "CHUNK": 64 if padded <= 128 else 32 if padded <= 256 else 16,
+        "SPLITS": splits,
+        "MERGED_HEADS": merged_heads,
+        "MERGED": min(splits, max(1, _MERGED // (merged_heads * padded_v))),
+    }
+
+
+def shared(
+    q: Tensor, cache_v: Tensor, splits: int
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """What programs that share rows need to find together: partial means, their sums, arrivals."""
+    if splits == 1:
+        return None, None, None
+    rows, heads = q.shape[:2]
+    kv_heads, dim_v = cache_v.shape[1:]
+    items, group = rows * kv_heads, heads // kv_heads
+    partial = q.new_empty(items, splits, group, dim_v, dtype=torch.float32)
+    lses = q.new_empty(items, splits, group, dtype=torch.float32)
+    return partial, lses, counters(q.device, max(1024, triton.next_power_of_2(items)))
 
 
 @triton.jit
@@ -191,7 +206,7 @@ def _attend(
     span = tl.maximum(tl.cdiv(tl.cdiv(length - first, SPLITS), CHUNK), 1) * CHUNK
     start = first + split * span
     stop = tl.minimum(start + span, length)
-    block = _blocks(table, start + tl.arange(0, CHUNK), stop, BLOCK_SIZE)
+    block = blocks_of(table, start + tl.arange(0, CHUNK), stop, BLOCK_SIZE)
     wait(OVERLAP)
     if (split > 0) & (start >= length):
         return
@@ -199,13 +214,12 @@ def _attend(
     live = in_group < GROUP
     heads = kv_head * GROUP + in_group
     d = tl.arange(0, D)
-    dv = tl.arange(0, DV)
     queries = tl.load(
         q + row * q_row + heads[:, None] * q_head + d[None, :],
         mask=live[:, None] & (d < DIM)[None, :],
         other=0.0,
     )
-    top = tl.full([M], _LOWEST, tl.float32)
+    top = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DV], tl.float32)
     top, total, acc = _scan(
@@ -233,21 +247,55 @@ def _attend(
         CHUNK,
         True,
     )
+    if sinks is not None:
+        sinks += row * sink_row + kv_head * GROUP
+    store_found(
+        top, total, acc, sinks, out, partial, lses, arrivals, row * KV_HEADS + kv_head, split,
+        tl.cdiv(length - first, span), GROUP, DIM_V, M, DV, SPLITS, MERGED_HEADS, MERGED,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_found(
+    top,
+    total,
+    acc,
+    sinks,
+    out,
+    partial,
+    lses,
+    arrivals,
+    item,
+    split,
+    used,
+    GROUP: tl.constexpr,
+    DIM_V: tl.constexpr,
+    M: tl.constexpr,
+    DV: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MERGED_HEADS: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """Writes what GROUP heads of a row find, from the state of the softmax (see `_scan`).
+
+    Where `used` programs share them, what each found goes to `partial`, and the last one of all
+    merges it. `item` counts the rows' groups, `split` the programs of one; the pointer `sinks` is
+    of the group.
+    """
+    in_group = tl.arange(0, M)
+    live = in_group < GROUP
+    dv = tl.arange(0, DV)
     # The largest score's own weight is 1, so that the total is not less, unless nothing was seen.
     total = tl.maximum(total, 1.0)
     acc = acc / total[:, None]
     lse = top + tl.log2(total)
     store = live[:, None] & (dv < DIM_V)[None, :]
-    item = row * KV_HEADS + kv_head
     places = (item * GROUP + in_group[:, None]) * DIM_V + dv[None, :]
-    if sinks is not None:
-        sinks += row * sink_row + kv_head * GROUP
     if SPLITS == 1:
         if sinks is not None:
             acc *= _beside_sinks(sinks + in_group, live, lse)[:, None]
         tl.store(out + places, acc, mask=store)
     else:
-        used = tl.cdiv(length - first, span)
         if used <= 1:
             if sinks is not None:
                 acc *= _beside_sinks(sinks + in_group, live, lse)[:, None]
@@ -297,20 +345,20 @@ def _merged(
     every_lse = tl.load(
         lses + every[:, None] * GROUP + heads[None, :],
         mask=(every < used)[:, None] & live[None, :],
-        other=_LOWEST,
+        other=LOWEST,
         cache_modifier=".cg",
     )
     top = tl.max(every_lse, 0)
     total = tl.sum(tl.exp2(every_lse - top[None, :]), 0)
     if sinks is not None:
-        sink = tl.load(sinks + heads, mask=live, other=0.0).to(tl.float32) * _LOG2_E
+        sink = tl.load(sinks + heads, mask=live, other=0.0).to(tl.float32) * LOG2_E
         total += tl.exp2(sink - top)
     acc = tl.zeros([HEADS, DV], tl.float32)
     for start in range(0, used, STEP):
         split = start + tl.arange(0, STEP)
         seen = (split < used)[:, None] & live[None, :]
         inside = split[:, None] * GROUP + heads[None, :]
-        lse = tl.load(lses + inside, mask=seen, other=_LOWEST, cache_modifier=".cg")
+        lse = tl.load(lses + inside, mask=seen, other=LOWEST, cache_modifier=".cg")
         found = tl.load(
             partial + inside[:, :, None] * DIM_V + dv[None, None, :],
             mask=seen[:, :, None] & (dv < DIM_V)[None, None, :],
@@ -382,7 +430,7 @@ def _prefill(
     cache_k += kv_head * k_head
     cache_v += kv_head * v_head
     tables += sequence * table_row
-    top = tl.full([M], _LOWEST, tl.float32)
+    top = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DV], tl.float32)
     if WINDOW is None:  # keys that all rows see
@@ -394,7 +442,7 @@ def _prefill(
             cache_k,
             cache_v,
             tables,
-            _blocks(tables, tl.arange(0, CHUNK), whole, BLOCK_SIZE),
+            blocks_of(tables, tl.arange(0, CHUNK), whole, BLOCK_SIZE),
             k_slot,
             v_slot,
             0,
@@ -419,7 +467,7 @@ def _prefill(
         cache_k,
         cache_v,
         tables,
-        _blocks(tables, whole + tl.arange(0, CHUNK), longest, BLOCK_SIZE),
+        blocks_of(tables, whole + tl.arange(0, CHUNK), longest, BLOCK_SIZE),
         k_slot,
         v_slot,
         whole,
@@ -451,7 +499,7 @@ def _prefill(
 @triton.jit
 def _beside_sinks(sinks, live, lse):
     """The part of the attention that sinks at these pointers leave to the keys."""
-    sink = tl.load(sinks, mask=live, other=0.0).to(tl.float32) * _LOG2_E
+    sink = tl.load(sinks, mask=live, other=0.0).to(tl.float32) * LOG2_E
     return 1 / (1 + tl.exp2(sink - lse))
 
 
@@ -503,27 +551,36 @@ def _scan(
         v = tl.load(cache_v + slot[:, None] * v_slot + dv[None, :], mask=v_mask, other=0.0)
         scores = tl.dot(queries, k)
         if SOFTCAP is not None:  # tanh(x) = 1 - 2 / (1 + exp(2 x))
-            scores = 1 - 2 / (1 + tl.exp2(scores * (2 * SCALING / SOFTCAP * _LOG2_E)))
-            scores *= SOFTCAP * _LOG2_E
+            scores = 1 - 2 / (1 + tl.exp2(scores * (2 * SCALING / SOFTCAP * LOG2_E)))
+            scores *= SOFTCAP * LOG2_E
         else:
-            scores *= SCALING * _LOG2_E
+            scores *= SCALING * LOG2_E
         if MASKED:
             seen = keys[None, :] < lengths
             if WINDOW is not None:
                 seen &= keys[None, :] >= lengths - WINDOW
             scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
-        top = new_top
+        top, total, acc = with_chunk(scores, v, top, total, acc)
         keys += CHUNK
-        block = _blocks(table, keys, stop, BLOCK_SIZE)
+        block = blocks_of(table, keys, stop, BLOCK_SIZE)
     return top, total, acc
 
 
 @triton.jit
-def _blocks(table, keys, stop, BLOCK_SIZE: tl.constexpr):
+def with_chunk(scores, values, top, total, acc):
+    """The state of the softmax (see `_scan`) with another chunk of keys: [M], [M], [M, DV].
+
+    `scores` float32 [M, CHUNK] are binary logarithms, `values` are [CHUNK, DV].
+    """
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None])
+    return new_top, total, acc
+
+
+@triton.jit
+def blocks_of(table, keys, stop, BLOCK_SIZE: tl.constexpr):
     """The blocks of the cache that hold some keys of a sequence."""
     return tl.load(table + keys // BLOCK_SIZE, mask=keys < stop, other=0)

@@ -7,13 +7,21 @@ before the row itself is there.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moecc.kernels.gpu.attention import _LOG2_E, _LOWEST, _MERGED, _blocks, _merged, _splits
-from moecc.kernels.gpu.launch import counters, let_next_begin, overlap, wait
+from moecc.kernels.gpu.attention import (
+    LOG2_E,
+    LOWEST,
+    blocks_of,
+    shared,
+    sizes,
+    splits_of,
+    store_found,
+    with_chunk,
+)
+from moecc.kernels.gpu.launch import let_next_begin, overlap, wait
 from moecc.kernels.gpu.rotary import normed_halves, turned_halves
 
 
@@ -42,11 +50,8 @@ def attend_newest(
     """As `kernels.newest.attend_newest`, for one row whose heads are turned as a whole."""
     heads, dim = q.shape[1:]
     kv_heads, dim_v = v.shape[1:]
-    group, half = heads // kv_heads, dim // 2
-    splits = _splits(kv_heads)
+    splits = splits_of(kv_heads)
     out = q.new_empty(1, heads, dim_v)
-    padded = triton.next_power_of_2(max(dim, dim_v))
-    merged = max(1, _MERGED // (triton.next_power_of_2(group) * triton.next_power_of_2(dim_v)))
     _attend_newest[(kv_heads, splits)](
         q,
         k,
@@ -63,9 +68,7 @@ def attend_newest(
         q_norm,
         k_norm,
         out,
-        q.new_empty(kv_heads, splits, group, dim_v, dtype=torch.float32),
-        q.new_empty(kv_heads, splits, group, dtype=torch.float32),
-        counters(q.device, max(1024, triton.next_power_of_2(kv_heads))),
+        *shared(q, cache_v, splits),
         eps,
         attention_scaling,
         q.stride(1),
@@ -80,16 +83,8 @@ def attend_newest(
         SCALING=scaling,
         WINDOW=window,
         BLOCK_SIZE=block_size,
-        GROUP=group,
-        DIM=dim,
-        DIM_V=dim_v,
-        M=max(16, triton.next_power_of_2(group)),
-        H=max(16, triton.next_power_of_2(half)),
-        DV=max(16, triton.next_power_of_2(dim_v)),
-        CHUNK=64 if padded <= 128 else 32 if padded <= 256 else 16,
-        SPLITS=splits,
-        MERGED_HEADS=triton.next_power_of_2(group),
-        MERGED=min(merged, splits),
+        H=max(16, triton.next_power_of_2(dim // 2)),
+        **sizes(q, cache_v, splits),
         num_warps=4,
         enable_fp_fusion=False,  # it would fuse a product with a sum of the rotation
         **overlap(q.device),
@@ -171,7 +166,7 @@ def _attend_newest(
     cache_k += kv_head * cache_k_head
     cache_v += kv_head * cache_v_head
     keys = start + tl.arange(0, CHUNK)
-    block = _blocks(table, keys, stop, BLOCK_SIZE)
+    block = blocks_of(table, keys, stop, BLOCK_SIZE)
     k_first, k_second, values = _chunk(
         cache_k, cache_v, keys, block, stop, cache_k_slot, cache_v_slot,
         BLOCK_SIZE, HALF, DIM_V, H, DV,
@@ -191,7 +186,7 @@ def _attend_newest(
         q_first, q_second = normed_halves(q_first, q_second, q_norm, half, eps, dtype, DIM, HALF)
     q_first, q_second = turned_halves(q_first, q_second, cos[None, :], sin[None, :], dtype)
 
-    top = tl.full([M], _LOWEST, tl.float32)
+    top = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DV], tl.float32)
     if (split == 0) & (length > 0):
@@ -213,7 +208,7 @@ def _attend_newest(
             tl.store(place, own_first.to(dtype), mask=in_half[None, :])
             tl.store(place + HALF, own_second.to(dtype), mask=in_half[None, :])
             tl.store(cache_v + slot * cache_v_slot + dv, own_value, mask=in_v)
-        top = tl.sum(q_first * own_first + q_second * own_second, 1) * (SCALING * _LOG2_E)
+        top = tl.sum(q_first * own_first + q_second * own_second, 1) * (SCALING * LOG2_E)
         total += 1.0
         acc += own_value.to(tl.float32)[None, :]
 
@@ -221,39 +216,17 @@ def _attend_newest(
                            acc, SCALING, dtype)  # fmt: skip
     for at in tl.range(start + CHUNK, stop, CHUNK, num_stages=2):
         keys = at + tl.arange(0, CHUNK)
-        block = _blocks(table, keys, stop, BLOCK_SIZE)
+        block = blocks_of(table, keys, stop, BLOCK_SIZE)
         k_first, k_second, values = _chunk(
             cache_k, cache_v, keys, block, stop, cache_k_slot, cache_v_slot,
             BLOCK_SIZE, HALF, DIM_V, H, DV,
         )  # fmt: skip
         top, total, acc = _met(q_first, q_second, k_first, k_second, values, keys < stop, top,
                                total, acc, SCALING, dtype)  # fmt: skip
-    # As in `attention`: the largest score's own weight is 1, unless nothing was seen.
-    total = tl.maximum(total, 1.0)
-    acc = acc / total[:, None]
-    store = live[:, None] & in_v[None, :]
-    used = tl.cdiv(earlier - first, span)
-    if used <= 1:
-        heads = kv_head * GROUP + in_group[:, None]
-        tl.store(out + heads * DIM_V + dv[None, :], acc, mask=store)
-    else:
-        partial += kv_head * (SPLITS * GROUP * DIM_V)
-        lses += kv_head * (SPLITS * GROUP)
-        inside = split * GROUP + in_group
-        tl.store(partial + inside[:, None] * DIM_V + dv[None, :], acc, mask=store)
-        tl.store(lses + inside, top + tl.log2(total), mask=live)
-        tl.debug_barrier()  # all of the program's stores come before it counts as arrived
-        if tl.atomic_add(arrivals + kv_head, 1, sem="acq_rel") == used - 1:
-            tl.store(arrivals + kv_head, 0)
-            found = _merged(
-                partial, lses, None, used, GROUP, DIM_V, MERGED_HEADS, DV, SPLITS, MERGED
-            )
-            head = tl.arange(0, MERGED_HEADS)
-            tl.store(
-                out + (kv_head * GROUP + head[:, None]) * DIM_V + dv[None, :],
-                found,
-                mask=(head < GROUP)[:, None] & in_v[None, :],
-            )
+    store_found(
+        top, total, acc, None, out, partial, lses, arrivals, kv_head, split,
+        tl.cdiv(earlier - first, span), GROUP, DIM_V, M, DV, SPLITS, MERGED_HEADS, MERGED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -272,14 +245,9 @@ def _met(
 ):
     """The state of the softmax (see `attention._scan`) with the keys of a chunk that are seen."""
     scores = tl.dot(q_first.to(dtype), k_first)
-    scores = tl.dot(q_second.to(dtype), k_second, scores) * (SCALING * _LOG2_E)
+    scores = tl.dot(q_second.to(dtype), k_second, scores) * (SCALING * LOG2_E)
     scores = tl.where(seen[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_top[:, None])
-    decay = tl.exp2(top - new_top)
-    total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(dtype), values, acc * decay[:, None])
-    return new_top, total, acc
+    return with_chunk(scores, values, top, total, acc)
 
 
 @triton.jit
