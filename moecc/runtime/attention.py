@@ -112,7 +112,24 @@ class KVCache:
         return like.new_empty(self.blocks * self.block_size, *like.shape[1:])
 
 
-class DrawnPlan:
+class _Tiled:
+    """`spans` are (start, stop, row of the tables) of sequences that attend in tiles, if any do."""
+
+    def __init__(self, spans: Sequence[tuple[int, int, int]] | None) -> None:
+        self._spans = spans
+        self._tiles: dict[tuple[int, int], kernels.Tiles] = {}
+
+    def tiled(self, q: Tensor, kv_heads: int) -> kernels.Tiles | None:
+        """The tiles to attend in, if it is to be in tiles; layers may differ in their heads."""
+        if self._spans is None:
+            return None
+        shape = q.shape[1], kv_heads
+        if shape not in self._tiles:
+            self._tiles[shape] = kernels.tiles_of(self._spans, *shape, q.device)
+        return self._tiles[shape]
+
+
+class DrawnPlan(_Tiled):
     """As Plan, where all but `spans` is data on the device: see `decoder.Tokens`."""
 
     def __init__(
@@ -124,10 +141,9 @@ class DrawnPlan:
         lengths: Tensor,
         spans: Sequence[tuple[int, int, int]] | None,
     ) -> None:
+        super().__init__(spans)
         self.cache = cache
         self.for_kernels = tables, sequences, lengths
-        self._spans = spans
-        self._tiles: dict[tuple[int, int], kernels.Tiles] = {}
         # Rows that are none write what the first row does, to its place. It is none itself only
         # where all are: before there is anything in the cache.
         kept = slots >= 0
@@ -138,20 +154,14 @@ class DrawnPlan:
         """Keys and values [rows, heads, dim] of the pass."""
         self.cache.write(layer, self._slots, keys[self._source], values[self._source])
 
-    def tiled(self, q: Tensor, kv_heads: int) -> kernels.Tiles | None:
-        """The tiles to attend in, if it is to be in tiles."""
-        if self._spans is None:
-            return None
-        shape = q.shape[1], kv_heads
-        if shape not in self._tiles:
-            self._tiles[shape] = kernels.tiles_of(self._spans, *shape, q.device)
-        return self._tiles[shape]
 
-
-class Plan:
+class Plan(_Tiled):
     """What every layer of a pass needs of its pieces, computed once."""
 
     def __init__(self, pieces: Sequence[Piece], cache: KVCache, device: torch.device) -> None:
+        rows = sum(p.stop - p.start for p in pieces)
+        spans = [(p.start, p.stop, i) for i, p in enumerate(pieces)]
+        super().__init__(spans if rows > kernels.FEW_ROWS else None)
         self.pieces = pieces
         self.cache = cache
         self.device = device
@@ -175,13 +185,6 @@ class Plan:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keys and values [rows, heads, dim] of the pass."""
         self.cache.write(layer, self.writes, keys, values)
-
-    def tiled(self, q: Tensor, kv_heads: int) -> kernels.Tiles | None:
-        """The tiles to attend in, if it is to be in tiles."""
-        if len(q) <= kernels.FEW_ROWS:
-            return None
-        spans = [(p.start, p.stop, i) for i, p in enumerate(self.pieces)]
-        return kernels.tiles_of(spans, q.shape[1], kv_heads, q.device)
 
     def _slots(self, piece: Piece) -> Tensor:
         """Where each token of a sequence is in the cache, int64 [length]."""
