@@ -243,20 +243,22 @@ def _partials(
     direct = _is_direct(projection, len(routes))
     sums = _splits(projection, len(routes)) * (len(coded) if direct else bool(coded))
     shape = (sums + len(others), len(routes), projection.out_features)
-    # A term leaves the rows of experts as they are that have nothing of it; packed terms share
-    # theirs, which the first one fills.
-    first = [term for term, _ in coded[:1]]
-    new = torch.empty if direct or all(t.complete for t in first + others) else torch.zeros
-    out = new(shape, device=routes.device)
+    out = torch.empty(shape, device=routes.device)
     if digits is not None and direct:
         packed.direct(digits, [(c, t.slots) for t, c in coded], routes, fan, out)
         return out
+    # A term leaves the rows of experts as they are that have nothing of it. Packed terms share
+    # theirs, which the first one fills.
     if digits is not None:
+        if not coded[0][0].complete:
+            out[:sums].zero_()
         blocks = sorted_routes.blocks(*((t, _block(len(routes), t.count)) for t, _ in coded))
         terms = [(stored, *own) for (_, stored), own in zip(coded, blocks, strict=True)]
         packed.blocked(digits, terms, fan, out[:sums])
     for term, part in zip(others, out[sums:], strict=True):
         assert x is not None
+        if not term.complete:
+            part.zero_()
         _add_plain(x, fan, term, sorted_routes, part)
     return out
 
