@@ -17,11 +17,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import yaml
+
+if TYPE_CHECKING:
+    from served import Built, Passes
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "examples/models"
@@ -101,6 +104,20 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lossless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of recipes/lossless.yaml. Read only."""
     return compile_recipe(RECIPES / "lossless.yaml", tmp_path_factory.mktemp("l") / "artifact")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    from served import Built
+
+    return Built(tmp_path_factory)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    from served import Passes
+
+    return Passes(monkeypatch)
 
 
 @dataclass(frozen=True)

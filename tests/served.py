@@ -31,7 +31,7 @@ from torch import Tensor
 
 from moecc.artifact import Artifact
 from moecc.export import load_model
-from moecc.runtime import loading
+from moecc.runtime import loading, step
 from moecc.runtime.attention import KVCache
 from moecc.runtime.engine import Engine
 from moecc.runtime.fused import FusedRunner
@@ -505,6 +505,26 @@ def check_tokens(
     assert passes.most_tokens == 16
     assert passes.most_variants == (3 if mode == "mixed" else 1)
     assert passes.most_sequences > (3 if mode == "mixed" else 1)  # of two waves
+
+
+def check_refused(built: Built, passes: Passes, name: str, mode: Any) -> str:
+    """Passes on rows that are data are tried and then not used; what the engine notes of it."""
+    artifact, notes = built.artifact(name), []
+    engine = open_engine(artifact, Options(mode=mode, dtype="float32"), note=notes.append)
+    try:
+        assert passes.fused > 0  # they were tried
+        assert step.current() is None
+        assert isinstance(engine._runner, PagedRunner)
+        passes.clear()
+        requests = [request(v, v, prompt(9, i), 6) for i, v in enumerate(VARIANTS)]
+        found = ask(engine, requests)
+        assert engine.stats().mode == mode
+    finally:
+        engine.close()
+    assert (passes.fused, len(passes.parts) > 0) == (0, True)
+    assert_same(requests, found, built.reference(artifact, "float32"), _SHARE["float32"])
+    (note,) = notes
+    return note
 
 
 def check_static(

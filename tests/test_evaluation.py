@@ -40,11 +40,6 @@ SIZES = ("--window", WINDOW, "--windows", WINDOWS)
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some English; which, does not matter."""
     path = tmp_path_factory.mktemp("text") / "text.txt"

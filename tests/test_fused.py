@@ -302,16 +302,6 @@ class TestRecognized:
         assert not recognized(tiny.model(family, **changes))
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory)
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
-    return Passes(monkeypatch)
-
-
 class OtherNorm(Decoder):
     """Has an epsilon of its own."""
 
@@ -361,21 +351,9 @@ def test_layers_that_differ_are_not_used(
     """A note says so, and answers are right."""
     monkeypatch.setattr(loading, "on_gpu", lambda _: True)
     monkeypatch.setattr(opening, "Decoder", other)
-    artifact, notes = built.artifact("mixtral"), []
-    options = Options(mode=mode, dtype="float32")
-    engine = open_engine(artifact, options, note=notes.append)
-    try:
-        assert passes.fused > 0  # they were tried
-        passes.clear()
-        requests = [served.request(v, v, served.prompt(9, i), 6) for i, v in enumerate(VARIANTS)]
-        found = served.ask(engine, requests)
-    finally:
-        engine.close()
-    assert len(notes) == 1
-    assert notes[0].startswith("our layers differ from transformers' by ")
-    assert notes[0].endswith(", and are not used")
-    assert (passes.fused, len(passes.parts) > 0) == (0, True)
-    served.assert_same(requests, found, built.reference(artifact, "float32"), 0.98)
+    note = served.check_refused(built, passes, "mixtral", mode)
+    assert note.startswith("our layers differ from transformers' by ")
+    assert note.endswith(", and are not used")
 
 
 @pytest.mark.parametrize(

@@ -301,11 +301,6 @@ class Layers:
         ]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory)
-
-
 @pytest.fixture
 def _kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "on_gpu", lambda _: True)

@@ -76,16 +76,6 @@ def _kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "on_gpu", lambda _: True)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory)
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
-    return Passes(monkeypatch)
-
-
 class Made:
     """The forward of an artifact that graphs would hold, in float32, and runners of it."""
 
@@ -261,25 +251,6 @@ class Raises(Modeled):
         raise RuntimeError("no such layer\nin many lines")
 
 
-def check_paged(artifact: Path, note: str, built: Built, passes: Passes) -> None:
-    """A mixed engine's only note is this one, and transformers' pass answers."""
-    notes: list[str] = []
-    engine = open_engine(artifact, Options(mode="mixed", dtype="float32"), note=notes.append)
-    try:
-        assert passes.fused > 0  # it was tried
-        assert step.current() is None
-        assert isinstance(engine._runner, PagedRunner)
-        passes.clear()
-        requests = [served.request(v, v, served.prompt(9, i), 6) for i, v in enumerate(VARIANTS)]
-        found = served.ask(engine, requests)
-        assert engine.stats().mode == "mixed"
-    finally:
-        engine.close()
-    assert notes == [note]
-    assert (passes.fused, len(passes.parts) > 0) == (0, True)
-    served.assert_same(requests, found, built.reference(artifact, "float32"), 0.98)
-
-
 @pytest.mark.parametrize(
     ("other", "why"),
     [
@@ -299,7 +270,7 @@ def test_graphs_that_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(opening, "Modeled", other)
-    check_paged(built.artifact(family), f"graphs of its layers {why}", built, passes)
+    assert served.check_refused(built, passes, family, "mixed") == f"graphs of its layers {why}"
 
 
 @pytest.mark.parametrize("family", DIFFERENT)
@@ -348,7 +319,7 @@ def test_a_kernel_that_breaks(
 
     monkeypatch.setattr(attention, "attend", fail)
     note = "graphs of its layers do not run here, and are not used: no such kernel"
-    check_paged(built.artifact("ernie4.5-moe"), note, built, passes)
+    assert served.check_refused(built, passes, "ernie4.5-moe", "mixed") == note
 
 
 def test_rows_that_stand_more_than_once() -> None:

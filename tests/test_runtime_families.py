@@ -25,16 +25,6 @@ every_policy = pytest.mark.parametrize("policy", ["fifo", "grouped"])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory)
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
-    return Passes(monkeypatch)
-
-
 class TestTokens:
     """Greedy answers are those of `generate`."""
 

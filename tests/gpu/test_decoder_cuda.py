@@ -63,16 +63,6 @@ def _stand_in(runner: FusedRunner, on_progress: object) -> None:
         runner._graphs[size] = fused._Graph(replay, logits)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory)
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
-    return Passes(monkeypatch)
-
-
 class Launched:
     """Rows of the passes that a runner launched although it has graphs."""
 
